@@ -1,0 +1,378 @@
+"""Builds LAVIS's own model on given weights and records a tape of what it does.
+
+Runs where LAVIS is installed, which may be an old environment far from this kit: Python 3.8, and nothing but torch,
+lavis, safetensors and the two small files copied beside it (tape.py, hashing.py). Everything that is to be done stands
+in a request, a JSON file that the kit writes:
+
+    python record_lavis.py request.json
+
+LAVIS is used as it is installed. Only how its weights are found and loaded is replaced: its model is built without
+the download and without storage, then filled tensor by tensor from the files, in float32. No forward code is touched.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from unittest import mock
+
+import torch
+
+try:
+    from blip2nb.trace.tape import recording, save_tape
+    from blip2nb.weights.hashing import combine, digest, digest_as
+except ImportError:  # copied to where LAVIS is
+    from hashing import combine, digest, digest_as
+    from tape import recording, save_tape
+
+log = logging.getLogger("blip2nb.lavis")
+
+CAPTION_MODES = {
+    "greedy": {"num_beams": 1},
+    "beams": {"num_beams": 5, "length_penalty": 0.0},
+    "default": {},
+}
+
+
+def record(request, progress=None):
+    """Do what a request says: build, load, run, write the tape.
+
+    Args:
+        request: the request as a dict (see `blip2nb.run.kernels.prepare`).
+        progress: called with a sentence at each step.
+
+    Returns:
+        The tape's metadata. The tape itself lies at request["output"].
+    """
+    say = progress or log.info
+    started = time.time()
+    say("building LAVIS's {class} for {model}".format(**request))
+    model, digests = build(request)
+    device = torch.device(request["device"])
+    model = model.to(device)
+    say("running it on {} image(s)".format(len(request["images"])))
+    images = [_open_image(path) for path in request["images"]]
+    processor = _eval_processor(request)
+    pixels = torch.stack([processor(image) for image in images]).to(device)
+    if pixels.shape[-1] != request["image_size"]:
+        raise ValueError("LAVIS's processor made {} pixels, expected {}".format(pixels.shape[-1], request["image_size"]))
+    with torch.no_grad(), recording(model, request["places"]) as recorded:
+        model(dict(request["texts"], image=pixels[:1]))
+    say("captioning")
+    captions = {mode: caption(model, pixels, **options) for mode, options in CAPTION_MODES.items()}
+    recorded["pixel_values"] = pixels[:1].cpu()
+    for number, path in enumerate(request["images"]):
+        with open(path, "rb") as file:
+            recorded["image.{}".format(number)] = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+    metadata = {
+        "model": request["model"],
+        "class": request["class"],
+        "type": request["type"],
+        "source": request["source"],
+        "texts": request["texts"],
+        "prompt": request["prompt"],
+        "captions": captions,
+        "pixels_sha256": [_sha256(one) for one in pixels],
+        "parameters": digests,
+        "weights_hash": combine(digests),
+        "inputs_hash": request["inputs_hash"],
+        "attributes": attributes(model),
+        "device": str(device),
+        "dtype": "float32",
+        "versions": versions(),
+        "seconds": round(time.time() - started, 2),
+    }
+    save_tape(request["output"], recorded, metadata)
+    say("wrote {}".format(request["output"]))
+    return metadata
+
+
+def build(request):
+    """LAVIS's model with the request's weights, in float32 and eval mode, and the digest of each parameter in it.
+
+    Raises:
+        RuntimeError: the files leave a parameter of LAVIS's model without a value.
+    """
+    from lavis.common.registry import registry
+
+    with tempfile.TemporaryDirectory() as folder:
+        _write_bert(request, os.path.join(folder, "bert-base-uncased"))
+        with _without_weights(request), _inside(folder):
+            model = registry.get_model_class(request["class"])(
+                vit_model="eva_clip_g",
+                img_size=request["image_size"],
+                vit_precision="fp32",
+                num_query_token=request["qformer"]["queries"],
+                prompt=request["prompt"],
+                **{"{}_model".format(request["language"]["kind"]): request["files"]["language"]}
+            )
+    stored = _fill(model, request)
+    language = getattr(model, request["language_prefix"])
+    language.tie_weights()
+    model = model.float().eval()
+    empty = [name for name, _ in model.named_parameters() if name not in stored]
+    if empty:
+        raise RuntimeError("The files have no value for {} of LAVIS's parameters, for one {}".format(len(empty), empty[0]))
+    digests = {name: digest_as(value, stored[name]) for name, value in model.named_parameters()}
+    return model, digests
+
+
+def caption(model, pixels, **options):
+    """LAVIS's `generate`, keeping the token ids that it decodes and throws away.
+
+    Returns:
+        {"ids": one list per image, from the first new token to the end-of-sequence token, "text": one string per image}
+    """
+    language = model.opt_model if hasattr(model, "opt_model") else model.t5_model
+    kept = {}
+    generate = language.generate
+
+    def keep(**arguments):
+        kept["out"] = generate(**arguments)
+        kept["start"] = arguments["input_ids"].shape[1] if "input_ids" in arguments else 1
+        return kept["out"]
+
+    with mock.patch.object(language, "generate", keep):
+        text = model.generate({"image": pixels}, **options)
+    end = model.eos_token_id if hasattr(model, "eos_token_id") else language.config.eos_token_id
+    ids = [until(row[kept["start"] :].tolist(), end) for row in kept["out"]]
+    return {"ids": ids, "text": [one.strip() for one in text]}
+
+
+def until(ids, end):
+    """The tokens up to and with the first `end`; what follows it is padding."""
+    return ids[: ids.index(end) + 1] if end in ids else ids
+
+
+def attributes(model):
+    """The plain numbers, words and flags that each module carries: where eps, scales and head counts are found."""
+    out = {}
+    for path, module in model.named_modules():
+        plain = {
+            name: value
+            for name, value in vars(module).items()
+            if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str))
+        }
+        if plain:
+            out[path] = plain
+    return out
+
+
+def versions():
+    """What ran: name -> version."""
+    import importlib.metadata
+    import platform
+
+    import transformers
+
+    return {
+        "salesforce-lavis": importlib.metadata.version("salesforce-lavis"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _write_bert(request, folder):
+    """bert-base-uncased as LAVIS looks it up by name: its configuration, with the request's sizes, and a vocabulary.
+
+    A captioner never tokenises with it and drops its word embeddings, so the special tokens are vocabulary enough.
+    """
+    sizes = request["qformer"]
+    os.makedirs(folder)
+    config = {
+        "architectures": ["BertForMaskedLM"],
+        "attention_probs_dropout_prob": 0.1,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": sizes["width"],
+        "initializer_range": 0.02,
+        "intermediate_size": sizes["mlp"],
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 512,
+        "model_type": "bert",
+        "num_attention_heads": sizes["heads"],
+        "num_hidden_layers": sizes["layers"],
+        "pad_token_id": 0,
+        "type_vocab_size": 2,
+        "vocab_size": 30522,
+    }
+    with open(os.path.join(folder, "config.json"), "w") as file:
+        json.dump(config, file)
+    with open(os.path.join(folder, "vocab.txt"), "w") as file:
+        file.write("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]) + "\n")
+
+
+@contextlib.contextmanager
+def _without_weights(request):
+    """LAVIS's classes build their parts empty: from configurations, on the meta device, without downloading."""
+    from lavis.models import eva_vit
+    from lavis.models.blip2_models import blip2, blip2_opt, blip2_t5
+
+    sizes = request["vision"]
+
+    def vision_tower(img_size, drop_path_rate, use_checkpoint, precision):
+        with _no_storage():
+            return eva_vit.VisionTransformer(
+                img_size=img_size,
+                patch_size=sizes["patch"],
+                use_mean_pooling=False,
+                embed_dim=sizes["width"],
+                depth=sizes["layers"],
+                num_heads=sizes["heads"],
+                mlp_ratio=4.3637,
+                qkv_bias=True,
+                drop_path_rate=drop_path_rate,
+                norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
+                use_checkpoint=use_checkpoint,
+            )
+
+    def from_config(cls, name, config=None, **kwargs):
+        config = config if config is not None else cls.config_class.from_pretrained(name)
+        with _no_storage():
+            return cls(config)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(blip2, "create_eva_vit_g", vision_tower))
+        for cls in (blip2.BertLMHeadModel, blip2_opt.OPTForCausalLM, blip2_t5.T5ForConditionalGeneration):
+            stack.enter_context(mock.patch.object(cls, "from_pretrained", classmethod(from_config)))
+        yield
+
+
+@contextlib.contextmanager
+def _no_storage():
+    """Parameters made inside take no memory. Before torch 2.0 they do, and are overwritten."""
+    with contextlib.ExitStack() as stack:
+        if hasattr(torch.device("meta"), "__enter__"):
+            stack.enter_context(torch.device("meta"))
+            on_cpu = functools.partial(torch.linspace, device="cpu")  # LAVIS reads numbers out of it while building
+            stack.enter_context(mock.patch.object(torch, "linspace", on_cpu))
+        yield
+
+
+@contextlib.contextmanager
+def _inside(folder):
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _fill(model, request):
+    """Lay vision file, language model and checkpoints over each other, as float32. Returns name -> digest as stored."""
+    stored = {}
+    files = request["files"]
+    aliases = set(request["aliases"])
+    prefix = request["language_prefix"]
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
+    vision = dict(_read(files["vision"]))
+    _interpolate(model.visual_encoder, vision)
+    parts = [(("visual_encoder." + name, value) for name, value in vision.items())]
+    parts.append((_language_name(prefix, name), value) for name, value in _read_folder(files["language"]))
+    parts.extend(_read(path) for path in files["checkpoints"])
+    for part in parts:
+        for name, value in part:
+            if name in known and name not in aliases:
+                stored[name] = digest(value)
+                _assign(model, name, value)
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta and name.endswith("position_ids"):
+            _assign(model, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
+    return stored
+
+
+def _interpolate(tower, vision):
+    from lavis.models.eva_vit import interpolate_pos_embed
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        interpolate_pos_embed(tower, vision)
+
+
+def _assign(model, name, value):
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value.clone()
+    else:
+        setattr(module, leaf, torch.nn.Parameter(value.detach().float(), requires_grad=False))
+
+
+def _language_name(prefix, name):
+    if prefix == "opt_model" and name.startswith("decoder."):
+        name = "model." + name
+    return "{}.{}".format(prefix, name)
+
+
+def _read_folder(folder):
+    """(name, tensor) of a hub-style folder, safetensors before .bin, whole or in shards."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = os.path.join(folder, single + ".index.json")
+        if os.path.isfile(os.path.join(folder, single)):
+            return _read(os.path.join(folder, single))
+        if os.path.isfile(index):
+            with open(index) as file:
+                shards = sorted(set(json.load(file)["weight_map"].values()))
+            paths = [os.path.join(folder, os.path.basename(name)) for name in shards]
+            return (pair for path in paths for pair in _read(path))
+    raise FileNotFoundError("{} holds no weights".format(folder))
+
+
+def _read(path):
+    """(name, tensor) of one file; what stands under "model" if there is such a key."""
+    if path.endswith(".safetensors"):
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+        return
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (TypeError, RuntimeError):  # an older torch, or an older file
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    content = content.get("model", content)
+    for name, value in content.items():
+        if isinstance(value, torch.Tensor):
+            yield name, value
+
+
+def _eval_processor(request):
+    """LAVIS's own image processing for evaluation, from the model type's configuration."""
+    from lavis.common.registry import registry
+    from lavis.models import load_preprocess
+    from omegaconf import OmegaConf
+
+    path = registry.get_model_class(request["class"]).default_config_path(request["type"])
+    return load_preprocess(OmegaConf.load(path).preprocess)[0]["eval"]
+
+
+def _open_image(path):
+    from PIL import Image
+
+    return Image.open(path).convert("RGB")
+
+
+def _sha256(tensor):
+    return hashlib.sha256(tensor.contiguous().cpu().numpy().tobytes()).hexdigest()
+
+
+def main(path):
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    with open(path) as file:
+        request = json.load(file)
+    folder = os.path.dirname(os.path.abspath(path))  # a request names the files that travel with it relative to itself
+    request["images"] = [os.path.join(folder, image) for image in request["images"]]
+    request["output"] = os.path.join(folder, request["output"])
+    record(request)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,1 @@
+"""Running things elsewhere: the LAVIS environment and its kernel."""

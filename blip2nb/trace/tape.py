@@ -1,0 +1,160 @@
+"""A tape: what a reference model took in and gave out at named places, in one safetensors file.
+
+Stands alone, so that it can record where the reference lives: torch and safetensors only, Python 3.8. Places are
+written `path.of.a.module` (its output) or `path.of.a.module:argument` (what it was handed under that name).
+"""
+
+import contextlib
+import inspect
+import json
+import os
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+FORMAT = 1
+
+
+def split_place(place):
+    """("module.path", "argument") or ("module.path", None) for a module's output."""
+    path, _, argument = place.partition(":")
+    return path, argument or None
+
+
+def first_tensor(value):
+    """A module's main output: itself if it is a tensor, else the first tensor in the tuple, list or dict."""
+    if isinstance(value, torch.Tensor) or value is None:
+        return value
+    for part in value.values() if hasattr(value, "values") else value:
+        if isinstance(part, torch.Tensor):
+            return part
+    raise TypeError("no tensor in a {}".format(type(value).__name__))
+
+
+@contextlib.contextmanager
+def recording(model, places):
+    """Record places of `model` while the block runs; only the first call of each module counts.
+
+    Args:
+        model: any torch module. Its forward code runs as it is; each module's `forward` is called through a wrapper
+            for as long as the block lasts, which works in every version of torch.
+        places: iterable of places.
+
+    Yields:
+        dict place -> tensor (detached copy, on the CPU), filled as the model runs. An argument that was None or not
+        a tensor is left out.
+
+    Raises:
+        AttributeError: the model has no such module.
+        TypeError: the module's forward has no such argument.
+    """
+    wanted = {}
+    for place in places:
+        path, argument = split_place(place)
+        wanted.setdefault(path, set()).add(argument)
+    by_module = {}
+    for path, arguments in wanted.items():
+        by_module.setdefault(model.get_submodule(path), []).append((path, arguments))
+    out = {}
+    wrapped = []
+    try:
+        for module, named in by_module.items():
+            _wrap(module, named, out)
+            wrapped.append(module)
+        yield out
+    finally:
+        for module in wrapped:
+            del module.forward
+
+
+def _wrap(module, named, out):
+    original = module.forward
+    signature = inspect.signature(original)
+    for path, arguments in named:
+        for argument in arguments - {None}:
+            if argument not in signature.parameters:
+                raise TypeError("{}.forward has no argument {!r}, only {}".format(path, argument, signature))
+
+    def forward(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs).arguments
+        for path, arguments in named:
+            for argument in arguments - {None}:
+                _keep(out, "{}:{}".format(path, argument), bound.get(argument))
+        result = original(*args, **kwargs)
+        for path, arguments in named:
+            if None in arguments:
+                _keep(out, path, first_tensor(result))
+        return result
+
+    module.forward = forward
+
+
+def _keep(out, place, value):
+    if isinstance(value, torch.Tensor) and place not in out:
+        out[place] = value.detach().to("cpu", copy=True).contiguous()
+
+
+def save_tape(path, tensors, metadata):
+    """Write a tape whole or not at all. Equal tensors are stored once.
+
+    Args:
+        tensors: name -> tensor.
+        metadata: anything JSON can hold; `load_tape` gives it back.
+    """
+    stored, aliases, seen = {}, {}, {}
+    for name, tensor in tensors.items():
+        key = (tensor.dtype, tuple(tensor.shape), tensor.flatten().view(torch.uint8).numpy().tobytes())
+        if key in seen:
+            aliases[name] = seen[key]
+        else:
+            seen[key] = name
+            stored[name] = tensor
+    text = json.dumps({"format": FORMAT, "aliases": aliases, "tape": metadata})
+    temporary = "{}.partial".format(path)
+    save_file(stored, temporary, metadata={"blip2nb": text})
+    os.replace(temporary, path)
+
+
+class Tape:
+    """A tape on disk; tensors are read when asked for.
+
+    Attributes:
+        metadata: provenance and whatever else was recorded beside the tensors.
+    """
+
+    def __init__(self, path):
+        self.path = str(path)
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                head = json.loads((file.metadata() or {})["blip2nb"])
+                self._stored = set(file.keys())
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # the library raises its own, KeyError and ValueError are ours
+            raise ValueError("{} is not a tape, or not a whole one ({}). Record it again.".format(path, error))
+        if head["format"] != FORMAT:
+            raise ValueError(
+                "{} is a tape of format {}, this version reads {}. Record it again.".format(path, head["format"], FORMAT)
+            )
+        self.metadata = head["tape"]
+        self._aliases = head["aliases"]
+
+    def __contains__(self, name):
+        return name in self._stored or name in self._aliases
+
+    def __getitem__(self, name):
+        """The recorded tensor. Raises KeyError if there is none of that name."""
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(self._aliases.get(name, name) if name in self else _no_tensor(self.path, name))
+
+    def names(self):
+        return sorted(self._stored | set(self._aliases))
+
+    def __repr__(self):
+        size = os.path.getsize(self.path) / 1e6
+        return "Tape({}: {} tensors, {:.1f} MB)".format(os.path.basename(self.path), len(self.names()), size)
+
+
+def _no_tensor(path, name):
+    raise KeyError("{} holds no {!r}".format(path, name))

@@ -1,0 +1,1 @@
+"""Names and bytes: the mapping, the readers, the writer, the conversion. No model code."""
