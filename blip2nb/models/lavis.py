@@ -25,11 +25,11 @@ from unittest import mock
 import torch
 
 try:
-    from blip2nb.trace.tape import recording, save_tape
+    from blip2nb.trace.tape import attributes, recording, save_tape
     from blip2nb.weights.hashing import combine, digest, digest_as
 except ImportError:  # copied to where LAVIS is
     from hashing import combine, digest, digest_as
-    from tape import recording, save_tape
+    from tape import attributes, recording, save_tape
 
 log = logging.getLogger("blip2nb.lavis")
 
@@ -148,20 +148,6 @@ def caption(model, pixels, **options):
 def until(ids, end):
     """The tokens up to and with the first `end`; what follows it is padding."""
     return ids[: ids.index(end) + 1] if end in ids else ids
-
-
-def attributes(model):
-    """The plain numbers, words and flags that each module carries: where eps, scales and head counts are found."""
-    out = {}
-    for path, module in model.named_modules():
-        plain = {
-            name: value
-            for name, value in vars(module).items()
-            if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str))
-        }
-        if plain:
-            out[path] = plain
-    return out
 
 
 def versions():

@@ -95,6 +95,20 @@ def _keep(out, place, value):
         out[place] = value.detach().to("cpu", copy=True).contiguous()
 
 
+def attributes(model):
+    """The plain numbers, words and flags that each module carries: where eps, scales and head counts are found."""
+    out = {}
+    for path, module in model.named_modules():
+        plain = {
+            name: value
+            for name, value in vars(module).items()
+            if not name.startswith("_") and name != "training" and isinstance(value, (bool, int, float, str))
+        }
+        if plain:
+            out[path] = plain
+    return out
+
+
 def save_tape(path, tensors, metadata):
     """Write a tape whole or not at all. Equal tensors are stored once.
 
