@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import Blip2ForConditionalGeneration, Blip2Processor, PreTrainedTokenizerBase
 
-# LAVIS's `generate`, by the names transformers gives the same settings
-GENERATION = {"num_beams": 5, "max_new_tokens": 30, "min_new_tokens": 1, "length_penalty": 1.0}
+# LAVIS's `generate`, by the names transformers gives the same settings. LAVIS's min_length of 1 is met by the prompt's
+# first token, so that it never holds a caption back; transformers' min_new_tokens would.
+GENERATION = {"num_beams": 5, "max_new_tokens": 30, "length_penalty": 1.0}
 
 # What `Blip2Image…Processor`s of both libraries normalise with: CLIP's statistics
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
+from blip2nb.trace.diagnose import AttributeDifference
 from blip2nb.trace.stage import Stage
 from blip2nb.variants import Variant
 
@@ -227,3 +228,39 @@ def parameter_pairs(variant: Variant) -> dict[str, tuple[str, slice | None]]:
 
 def _join(path: str, part: str) -> str:
     return f"{path}.{part}" if part else path
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownDifference:
+    """A difference between LAVIS's code and today's transformers that no conversion can remove.
+
+    Attributes:
+        id: its name in reports.
+        module, attribute: where it shows in transformers.
+        fix: the line that removes it after loading.
+    """
+
+    id: str
+    stage: str
+    module: str
+    attribute: str
+    words: str
+    why: str
+    fix: str
+
+    def explains(self, difference: AttributeDifference) -> bool:
+        return (difference.module, difference.attribute) == (self.module, self.attribute)
+
+
+KNOWN_DIFFERENCES = (
+    KnownDifference(
+        id="post_layernorm_eps",
+        stage="vision.post_layernorm",
+        module="vision_model.post_layernorm",
+        attribute="eps",
+        words="eps of the post layer norm",
+        why="LAVIS's ln_vision is a plain LayerNorm (eps 1e-5); transformers gives it the vision tower's eps (1e-6), "
+        "and its configuration has only one for both.",
+        fix="model.vision_model.post_layernorm.eps = 1e-5",
+    ),
+)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from blip2nb.trace.metrics import distance
 from blip2nb.trace.stage import Stage, places
 from blip2nb.trace.tape import Tape, first_tensor, recording, split_place
 
@@ -138,22 +139,6 @@ def compare(
         results.append(StageResult(stage.name, stage.module, stage.is_junction, arrival, drift, **local))
     by_name = {stage.name: outputs[stage.candidate] for stage in stages if stage.candidate in outputs}
     return Comparison(tuple(results), by_name, forcing.token_errors)
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖ in float64; for whole numbers and masks, the share that differs.
-
-    Infinite where the shapes differ, or where something differs from nothing but zeros.
-    """
-    if found.shape != expected.shape:
-        return math.inf
-    if not expected.is_floating_point():
-        return (found.cpu() != expected.cpu()).double().mean().item()
-    found, expected = found.cpu().double(), expected.cpu().double()
-    error, size = (found - expected).norm().item(), expected.norm().item()
-    if error == 0:
-        return 0.0
-    return error / size if size else math.inf
 
 
 def _exceeds(value: float | None, limit: float) -> bool:

@@ -1,0 +1,449 @@
+"""The two proofs of a converted directory: its weights, by hash and round trip, and its behaviour, against a tape."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from blip2nb.errors import RequestError
+from blip2nb.models import huggingface
+from blip2nb.models.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
+from blip2nb.report import Report
+from blip2nb.trace.compare import Comparison, compare
+from blip2nb.trace.diagnose import AttributeDifference, attribute_differences, repaired
+from blip2nb.trace.metrics import compare_logits, kl_per_position
+from blip2nb.variants import Variant, variant
+from blip2nb.weights.convert import Manifest, inverse_tensors
+from blip2nb.weights.hashing import digest_as
+from blip2nb.weights.mapping import MappingError, Plan, entries
+from blip2nb.weights.sources import open_folder, shapes
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from blip2nb.trace.tape import Tape
+
+Progress = Callable[[str], None]
+
+CAPTION_MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"num_beams": 1},
+    "beams": {"num_beams": 5, "length_penalty": 0.0},
+    "default": {"num_beams": 5, "length_penalty": 1.0},
+}
+"""What is captioned, in transformers' words; the same modes as in the recording. Old and new transformers divide a
+beam's score by different lengths, so only the first two must agree."""
+
+
+def verify(folder: Path, tape: Tape | None, progress: Progress | None = None) -> Report:
+    """Prove a converted directory.
+
+    Args:
+        folder: the converted directory.
+        tape: LAVIS's recording on the same weights; without one only the weights are proven.
+        progress: called with a word at each step.
+
+    Raises:
+        RequestError: the directory is not one of ours, does not load, or the tape belongs to other weights.
+    """
+    started = time.time()
+    say = progress or (lambda word: None)
+    manifest = Manifest.read(folder)
+    model = variant(manifest.model)
+    if tape is not None and tape.metadata["weights_hash"] != manifest.weights_hash:
+        raise RequestError(
+            f"{tape.path} was recorded on other weights of {tape.metadata['model']} than {folder} was converted from. "
+            f"Record again with `blip2nb capture {manifest.model}`."
+        )
+    say("weights")
+    content: dict[str, Any] = {
+        "format": 1,
+        "model_name": model.name,
+        "random_weights": model.twin,
+        "proof": "weights" if tape is None else "both",
+        "weights": prove_weights(folder, manifest, model, tape),
+        "pixel_values": None,
+        "logits": None,
+        "stages": [],
+        "known_differences": [],
+        "first_divergence": None,
+        "captions": None,
+        "versions": {"converted with": dict(manifest.versions), "checked with": _versions()},
+    }
+    arrays: dict[str, np.ndarray] = {}
+    if tape is not None:
+        content["versions"]["reference"] = tape.metadata["versions"]
+        _prove_behaviour(folder, model, tape, content, arrays, say)
+    content |= _verdict(content)
+    content["seconds"] = round(time.time() - started, 2)
+    return Report(content, arrays)
+
+
+# -- the first proof
+
+
+def prove_weights(folder: Path, manifest: Manifest, model: Variant, tape: Tape | None) -> dict[str, Any]:
+    """Without running anything: every tensor accounted for, the way back bit for bit, the modules equal by hash."""
+    saved = open_folder(folder)
+    held = shapes(saved)
+    expected = _parameters_of(folder)
+    tied = {entry.target for entry in entries(model) if entry.kind == "Tied"}
+    roundtrip, differences = _round_trip(folder, manifest, model)
+    equal, different, checked = _modules(saved, model, tape)
+    return {
+        "written": len(held),
+        "missing": sorted(name for name in expected if name not in held and name not in tied),
+        "unexpected": sorted(name for name in held if name not in expected),
+        "dropped": dict(manifest.dropped),
+        "tied": dict(manifest.tied),
+        "unused": dict(manifest.unused),
+        "roundtrip": roundtrip,
+        "roundtrip_differences": differences,
+        "modules_equal": equal,
+        "modules_different": different,
+        "modules_checked": checked,
+        "weights_hash": manifest.weights_hash,
+        "dtype": manifest.dtype,
+        "bytes_by_kind": {name: dict(kinds) for name, kinds in manifest.bytes_by_kind.items()},
+    }
+
+
+def _parameters_of(folder: Path) -> set[str]:
+    """The names in transformers' own state dict for this configuration."""
+    from transformers import Blip2Config, Blip2ForConditionalGeneration
+
+    with torch.device("meta"):
+        return set(Blip2ForConditionalGeneration(Blip2Config.from_pretrained(folder)).state_dict())
+
+
+def _round_trip(folder: Path, manifest: Manifest, model: Variant) -> tuple[bool | None, list[str]]:
+    """Whether the inverse rules give back every tensor that was read, bit for bit. None after a lossy cast."""
+    if manifest.dtype in ("float16", "bfloat16"):
+        return None, []
+    whole = [entry for entry in entries(model) if not entry.optional]
+    seen, differences = set(), []
+    try:
+        for name, tensor in inverse_tensors(folder, Plan(model, tuple(whole), (), (), {})):
+            seen.add(name)
+            if digest_as(tensor, manifest.parameters[name]) != manifest.parameters[name]:
+                differences.append(name)
+    except MappingError as error:
+        differences.append(str(error))
+    except KeyError as error:
+        differences.append(f"{error.args[0]} is not in the directory")
+    differences += [name for name in manifest.parameters if name not in seen] if not differences else []
+    return not differences, differences
+
+
+def _modules(saved: Any, model: Variant, tape: Tape | None) -> tuple[bool | None, list[str], int]:
+    """Compare each parameter that was in LAVIS's modules with the one in the module the stages pair it with."""
+    if tape is None:
+        return None, [], 0
+    pairs = parameter_pairs(model)
+    names = set(saved.names())
+    different, covered = [], set()
+    for reference, expected in tape.metadata["parameters"].items():
+        target, rows = pairs.get(reference, (None, None))
+        if target is None or target not in names:
+            different.append(f"{reference} has no counterpart")
+            continue
+        covered.add(target)
+        tensor = saved.tensor(target)
+        if digest_as(tensor if rows is None else tensor[rows], expected) != expected:
+            different.append(f"{reference} is not {target}")
+    different += [f"{name} has no counterpart in LAVIS" for name in sorted(names - covered)]
+    return not different, different, len(tape.metadata["parameters"])
+
+
+# -- the second proof
+
+
+def _prove_behaviour(
+    folder: Path, model: Variant, tape: Tape, content: dict[str, Any], arrays: dict[str, np.ndarray], say: Progress
+) -> None:
+    say("loading")
+    loaded = huggingface.load(folder)
+    images = tape_images(tape)
+    inputs = huggingface.forward_inputs(loaded, model, images[0], tape.metadata["texts"])
+    content["pixel_values"] = _pixels(folder, tape, inputs["pixel_values"], images[0], arrays)
+    table = stages(model)
+    say("stages")
+    shipped = compare(tape, loaded.model, table, inputs)
+    say("counter-test")
+    known, unknown = _differences(tape, loaded.model, model)
+    with repaired(loaded.model, [difference for _, difference in known]):
+        fixed = compare(tape, loaded.model, table, inputs) if known else None
+        say("captions")
+        captions_fixed = _captions(loaded, model, tape, images) if known else None
+    captions = _captions(loaded, model, tape, images)
+    expected = tape[table[-1].reference]
+    content["threshold"] = shipped.threshold
+    content["stages"] = [_stage(number, shipped, fixed) for number in range(len(table))]
+    content["logits"] = compare_logits(shipped.outputs["logits"], expected)
+    if fixed is not None:
+        content["logits"]["fixed"] = compare_logits(fixed.outputs["logits"], expected)
+    content["captions"] = captions | {"equal_when_fixed": captions_fixed["equal"] if captions_fixed else None}
+    content["known_differences"] = [_known(one, found, shipped, fixed) for one, found in known]
+    content["known_differences"] += _beam_search(tape, captions)
+    content["attribute_differences"] = [str(one) for one in unknown]
+    content["first_divergence"] = _first_divergence(shipped, fixed, known, unknown, content)
+    content["fusion"] = _fusion(loaded.model, tape, arrays)
+    _logits_arrays(loaded, shipped.outputs["logits"], expected, content, arrays)
+    for name, errors in shipped.token_errors.items():
+        arrays[f"tokens/{name}"] = errors.numpy()
+
+
+def tape_images(tape: Tape) -> list[Image]:
+    """The images LAVIS was shown, from the tape."""
+    from PIL import Image as PIL
+
+    names = sorted((name for name in tape.names() if name.startswith("image.")), key=lambda name: int(name.split(".")[1]))
+    return [PIL.open(io.BytesIO(tape[name].numpy().tobytes())).convert("RGB") for name in names]
+
+
+def _pixels(
+    folder: Path, tape: Tape, pil: torch.Tensor, image: Image, arrays: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """The PIL processor's pixels, which must be LAVIS's, and the default one's, whose difference is shown."""
+    from transformers import AutoProcessor
+
+    expected = tape["pixel_values"]
+    default = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    other = default.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    std = torch.tensor(huggingface.IMAGE_STD).view(3, 1, 1)
+    mean = torch.tensor(huggingface.IMAGE_MEAN).view(3, 1, 1)
+    levels = {name: ((expected - value)[0] * std * 255).round() for name, value in (("pil", pil), ("default", other))}
+    for name, value in levels.items():
+        arrays[f"pixels/{name}"] = value.clamp(-127, 127).to(torch.int8).numpy()
+    arrays["pixels/image"] = ((expected[0] * std + mean) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy().copy()
+    return {
+        "max_abs": (pil - expected).abs().max().item(),
+        "equal": torch.equal(pil, expected),
+        "default": {
+            "processor": type(default.image_processor).__name__,
+            "max_abs": (other - expected).abs().max().item(),
+            "share": (levels["default"] != 0).double().mean().item(),
+            "grey_levels": int(levels["default"].abs().max()),
+        },
+    }
+
+
+def _differences(
+    tape: Tape, candidate: torch.nn.Module, model: Variant
+) -> tuple[list[tuple[KnownDifference, AttributeDifference]], list[AttributeDifference]]:
+    """What differs in the modules' own attributes: what is known of today's transformers, and what is not."""
+    pairs = [(pair.stage, pair.reference, pair.candidate) for pair in module_pairs(model)]
+    known, unknown = [], []
+    for difference in attribute_differences(tape.metadata["attributes"], candidate, pairs):
+        match = [one for one in KNOWN_DIFFERENCES if one.explains(difference)]
+        if match:
+            known.append((match[0], difference))
+        else:
+            unknown.append(difference)
+    return known, unknown
+
+
+def _captions(
+    loaded: huggingface.Loaded, model: Variant, tape: Tape, images: Sequence[Image]
+) -> dict[str, Any]:
+    """Caption every image in every mode and compare token ids with LAVIS's."""
+    out: dict[str, Any] = {"prompt": tape.metadata["prompt"], "lavis": {}, "huggingface": {}, "modes": {}}
+    for mode, options in CAPTION_MODES.items():
+        theirs = tape.metadata["captions"][mode]
+        ours = huggingface.caption(loaded, list(images), tape.metadata["prompt"], max_new_tokens=30, **options)
+        out["lavis"][mode], out["huggingface"][mode] = theirs["text"], ours["text"]
+        out["modes"][mode] = {
+            "equal": [a == b for a, b in zip(ours["ids"], theirs["ids"], strict=True)],
+            "lavis_ids": theirs["ids"],
+            "huggingface_ids": ours["ids"],
+        }
+    out["equal"] = all(all(out["modes"][mode]["equal"]) for mode in ("greedy", "beams"))
+    return out
+
+
+def _stage(number: int, shipped: Comparison, fixed: Comparison | None) -> dict[str, Any]:
+    stage = dataclasses.asdict(shipped.stages[number])
+    after = fixed.stages[number] if fixed is not None else None
+    names = ("arrival_error", "drift", "local_error", "rounding", "excess")
+    stage["fixed"] = {name: getattr(after, name) for name in names} if after is not None else None
+    return stage
+
+
+def _known(
+    known: KnownDifference, found: AttributeDifference, shipped: Comparison, fixed: Comparison | None
+) -> dict[str, Any]:
+    assert fixed is not None
+    before, after = shipped[known.stage], fixed[known.stage]
+    return {
+        "id": known.id,
+        "stage": known.stage,
+        "module": found.module,
+        "attribute": found.attribute,
+        "lavis": found.reference,
+        "transformers": found.candidate,
+        "words": known.words,
+        "why": known.why,
+        "fix": known.fix,
+        "explains": [one.name for one in shipped.faults if one.name == known.stage and not after.faulty(fixed.threshold)],
+        "counter_test": {
+            "local_error": [before.local_error, after.local_error],
+            "excess": [before.excess, after.excess],
+        },
+    }
+
+
+def _beam_search(tape: Tape, captions: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The other known difference, in `generate` and not in any module: listed whatever its effect."""
+    import transformers
+
+    old, new = tape.metadata["versions"]["transformers"], transformers.__version__
+    if int(old.split(".")[0]) >= int(new.split(".")[0]):
+        return []
+    different = captions["modes"]["default"]["equal"].count(False)
+    return [
+        {
+            "id": "beam_length_normalisation",
+            "stage": "captions",
+            "module": "generate",
+            "attribute": "length_penalty",
+            "lavis": f"transformers {old}: a beam's score is divided by the length of prompt and caption",
+            "transformers": f"transformers {new}: by the length of the caption alone",
+            "words": "beam search's length normalisation",
+            "why": "LAVIS runs on an old transformers, whose beam search counts the prompt as part of the caption.",
+            "fix": "model.generate(**inputs, num_beams=5, length_penalty=0.0) is the same search in both",
+            "explains": ["captions.default"] if different else [],
+            "captions_that_differ": different,
+        }
+    ]
+
+
+def _first_divergence(
+    shipped: Comparison,
+    fixed: Comparison | None,
+    known: Sequence[tuple[KnownDifference, AttributeDifference]],
+    unknown: Sequence[AttributeDifference],
+    content: Mapping[str, Any],
+) -> dict[str, Any] | None:
+    first = shipped.first_divergence
+    if first is None:
+        return None
+    explained = [one for one in content["known_differences"] if first.name in one["explains"]]
+    if explained:
+        cause = f"{explained[0]['words']}: LAVIS {explained[0]['lavis']}, transformers {explained[0]['transformers']}"
+    else:
+        named = [str(one) for one in unknown if one.stage == first.name]
+        weights = [one for one in content["weights"]["modules_different"] if first.module in one]
+        cause = "; ".join(named + weights) or "unknown: weights and attributes of this stage are the reference's"
+    return {
+        "stage": first.name,
+        "module": first.module,
+        "arrival_error": first.arrival_error,
+        "local_error": first.local_error,
+        "excess": first.excess,
+        "cause": cause,
+    }
+
+
+def _fusion(candidate: torch.nn.Module, tape: Tape, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What a key bias does to block 0's attention, and, for contrast, what a query bias of the same size does."""
+    block = candidate.get_submodule("vision_model.encoder.layers.0")
+    bias = block.self_attn.qkv.bias
+    width = len(bias) // 3
+    arrays |= {
+        "fusion/query": bias[:width].detach().numpy().copy(),
+        "fusion/value": bias[2 * width :].detach().numpy().copy(),
+        "fusion/fused": bias.detach().numpy().copy(),
+    }
+    effects = {}
+    with torch.no_grad():
+        x = block.layer_norm1(tape["visual_encoder.blocks.0:x"])
+        plain = block.self_attn(x)[0]
+        noise = torch.randn(width, generator=torch.Generator().manual_seed(0)) * bias[:width].std()
+        for name, rows in (("key", slice(width, 2 * width)), ("query", slice(0, width))):
+            bias[rows] += noise
+            effects[f"{name}_bias_effect"] = ((block.self_attn(x)[0] - plain).norm() / plain.norm()).item()
+            bias[rows] -= noise
+        bias.copy_(torch.from_numpy(arrays["fusion/fused"]))  # adding and taking away may round
+    return {"block": 0, **effects}
+
+
+def _logits_arrays(
+    loaded: huggingface.Loaded, found: torch.Tensor, expected: torch.Tensor, content: dict[str, Any], arrays: dict[str, np.ndarray]
+) -> None:
+    if found.shape != expected.shape:
+        return
+    top = expected[0].topk(min(50, expected.shape[-1]), dim=-1)
+    arrays |= {
+        "logits/kl": kl_per_position(found[:1], expected[:1]).numpy(),
+        "logits/max_abs": (found - expected)[0].abs().amax(-1).numpy(),
+        "logits/margin": (top.values[:, 0] - top.values[:, 1]).numpy().copy(),
+        "logits/top_ids": top.indices.numpy().copy(),
+        "logits/top_lavis": top.values.numpy().copy(),
+        "logits/top_huggingface": found[0].gather(-1, top.indices).numpy(),
+    }
+    content["top_tokens"] = [loaded.processor.tokenizer.decode([token]) for token in top.indices[-1, :10].tolist()]
+
+
+# -- the verdict
+
+
+def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
+    """match, explained, diverges or weights_only, the causes, and the sentence a person reads."""
+    weights, name = content["weights"], content["model_name"]
+    problems = weights["missing"] + weights["unexpected"] + weights["roundtrip_differences"] + weights["modules_different"]
+    weights_fine = not problems and weights["roundtrip"] is not False and weights["modules_equal"] is not False
+    if not weights_fine:
+        return _answer("diverges", [], f"The weights differ: {problems[0]} ({len(problems)} in all). No activation can be right.")
+    if content["proof"] == "weights":
+        sentence = (
+            f"All {weights['written']} tensors are accounted for and go back bit for bit. Behaviour was not compared: "
+            f"record the reference with `blip2nb capture {name}`, then run `blip2nb verify` again."
+        )
+        return _answer("weights_only", [], sentence)
+    faults = [stage for stage in content["stages"] if _faulty(stage, content["threshold"])]
+    left = [stage for stage in content["stages"] if stage["fixed"] and _faulty(stage["fixed"], content["threshold"])]
+    causes = [one["id"] for one in content["known_differences"] if one["explains"] and one["stage"] != "captions"]
+    captions = content["captions"]
+    first = content["first_divergence"]
+    if not content["pixel_values"]["equal"]:
+        return _answer("diverges", [], "The pixel values differ from LAVIS's: look at the image processor first.")
+    if faults and (left or not causes):
+        return _answer("diverges", causes, f"First wrong at {first['stage']}: {first['cause']}.")
+    if not captions["equal"] and captions["equal_when_fixed"] is not True:
+        return _answer("diverges", causes, "Every layer agrees, but the captions do not: look at generation's settings.")
+    if not faults:
+        return _answer("match", [], "The same model: every layer agrees with LAVIS to rounding, and so do the captions.")
+    safe = captions["equal"] and content["logits"]["top1_agreement"] == 1.0
+    effect = (
+        f"It changes the logits by {content['logits']['relative']:.1e} of their size "
+        f"({content['logits']['fixed']['relative']:.1e} without it)"
+    )
+    advice = "no caption: safe to ship as it is" if safe else "and some captions: apply the fix"
+    return _answer("explained", causes, f"The same model but for one known cause: {first['cause']}. {effect} and {advice}.")
+
+
+def _answer(verdict: str, causes: list[str], summary: str) -> dict[str, Any]:
+    return {"verdict": verdict, "causes": causes, "summary": summary}
+
+
+def _faulty(stage: Mapping[str, Any], threshold: float) -> bool:
+    from blip2nb.trace.compare import ARRIVAL_TOLERANCE
+
+    arrival, excess = stage["arrival_error"], stage["excess"]
+    return (arrival is not None and not arrival <= ARRIVAL_TOLERANCE) or (excess is not None and not excess <= threshold)
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+
+

@@ -1,0 +1,81 @@
+"""A report: everything a verification found, as plain values, with the arrays that a number cannot hold beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blip2nb.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+INFINITE = 1e9
+"""What stands for infinity in report.json, which has no word for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The content of report.json and of arrays.safetensors. Shows its verdict in a notebook."""
+
+    content: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def verdict(self) -> str:
+        """match, explained, diverges or weights_only."""
+        return self.content["verdict"]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.content[name]
+
+    def __repr__(self) -> str:
+        return f"Report({self['model_name']}: {self.verdict})\n{self['summary']}"
+
+    def _repr_html_(self) -> str:
+        from blip2nb.show.text import verdict_html
+
+        return verdict_html(self.content)
+
+    def save(self, folder: Path) -> Path:
+        """Write report.json and arrays.safetensors into `folder`, each whole or not at all. Returns the former."""
+        from safetensors.numpy import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays, text = folder / "arrays.safetensors", folder / "report.json"
+        save_file(dict(self.arrays), f"{arrays}.partial")
+        Path(f"{text}.partial").write_text(json.dumps(_finite(self.content), indent=1, allow_nan=False) + "\n")
+        os.replace(f"{arrays}.partial", arrays)
+        os.replace(f"{text}.partial", text)
+        return text
+
+    @classmethod
+    def load(cls, folder: Path) -> Report:
+        """Read a run's report. Raises RequestError when there is none, or a damaged one."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+
+        path = folder / "report.json"
+        try:
+            return cls(json.loads(path.read_text()), load_file(folder / "arrays.safetensors"))
+        except FileNotFoundError as error:
+            raise RequestError(
+                f"{error.filename or path} does not exist: expected a run's folder, such as outputs/tiny-blip2-opt-2.7b. "
+                "`blip2nb verify` writes one."
+            ) from error
+        except (ValueError, SafetensorError, NotADirectoryError) as error:
+            raise RequestError(f"{path} is damaged ({error}). Run `blip2nb verify` again.") from error
+
+
+def _finite(value: Any) -> Any:
+    """NaN as null and infinity as INFINITE, since JSON has neither."""
+    if isinstance(value, float):
+        return None if math.isnan(value) else math.copysign(INFINITE, value) if math.isinf(value) else value
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
