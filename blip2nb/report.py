@@ -65,7 +65,7 @@ class Report:
             return cls(json.loads(path.read_text()), load_file(folder / "arrays.safetensors"))
         except FileNotFoundError as error:
             raise RequestError(
-                f"{error.filename or path} does not exist: expected a run's folder, such as outputs/tiny-blip2-opt-2.7b. "
+                f"{error.filename or path} does not exist: expected a run's folder under outputs/. "
                 "`blip2nb verify` writes one."
             ) from error
         except (ValueError, SafetensorError, NotADirectoryError) as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from typing import Dict, Tuple
 
 from blip2nb.errors import RequestError
 
@@ -115,7 +114,7 @@ _TWIN_LANGUAGE = {
 }
 
 
-def _table() -> Dict[str, Variant]:
+def _table() -> dict[str, Variant]:
     table = {}
     for name, lavis_type, hub_name, language, checkpoint in _RELEASED:
         coco = name.endswith("-coco")
@@ -145,9 +144,9 @@ def _table() -> Dict[str, Variant]:
     return table
 
 
-VARIANTS: Dict[str, Variant] = _table()
-RELEASED: Tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if not variant.twin)
-TWINS: Tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if variant.twin)
+VARIANTS: dict[str, Variant] = _table()
+RELEASED: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if not variant.twin)
+TWINS: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if variant.twin)
 
 
 def variant(name: str) -> Variant:

@@ -81,10 +81,16 @@ def write_configuration(variant: Variant, language: Path, folder: Path) -> None:
             f"{language}: <image> would be token {image_token}, but the embedding has {variant.language.vocabulary} "
             "rows. The tokenizer belongs to another language model."
         )
-    config = model_config(variant, read_language_config(variant, language), image_token, newline[0] if newline else None)
+    config = model_config(
+        variant, read_language_config(variant, language), image_token, newline[0] if newline else None
+    )
     _write_json(folder / "config.json", config)
     text = config["text_config"]
-    ends = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id") if name in text}
+    ends = {
+        name: text[name]
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        if name in text
+    }
     _write_json(folder / "generation_config.json", {**ends, **GENERATION})
 
 
@@ -96,7 +102,11 @@ def model_config(variant: Variant, text: dict[str, Any], image_token: int, newli
         newline: the token LAVIS ends an OPT caption with.
     """
     vision, qformer = variant.vision, variant.qformer
-    text = {name: value for name, value in text.items() if name not in ("_name_or_path", "torch_dtype", "transformers_version")}
+    text = {
+        name: value
+        for name, value in text.items()
+        if name not in ("_name_or_path", "torch_dtype", "transformers_version")
+    }
     if variant.language.kind == "opt":
         text["eos_token_id"] = newline
     else:
@@ -155,7 +165,12 @@ def read_language_config(variant: Variant, folder: Path) -> dict[str, Any]:
         raise RequestError(f"{path} should be the language model's configuration ({error}).") from error
     language = variant.language
     width, layers = ("hidden_size", "num_hidden_layers") if language.kind == "opt" else ("d_model", "num_layers")
-    expected = {"model_type": language.kind, width: language.width, layers: language.layers, "vocab_size": language.vocabulary}
+    expected = {
+        "model_type": language.kind,
+        width: language.width,
+        layers: language.layers,
+        "vocab_size": language.vocabulary,
+    }
     for name, value in expected.items():
         if config.get(name) != value:
             raise RequestError(
@@ -186,7 +201,9 @@ def write_processor(variant: Variant, tokenizer: PreTrainedTokenizerBase, folder
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
     side = variant.image_size
-    images = BlipImageProcessorPil(size={"height": side, "width": side}, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD))
+    images = BlipImageProcessorPil(
+        size={"height": side, "width": side}, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD)
+    )
     Blip2Processor(images, tokenizer, num_query_tokens=variant.qformer.queries).save_pretrained(folder)
 
 

@@ -61,7 +61,9 @@ def record(request, progress=None):
     processor = _eval_processor(request)
     pixels = torch.stack([processor(image) for image in images]).to(device)
     if pixels.shape[-1] != request["image_size"]:
-        raise ValueError("LAVIS's processor made {} pixels, expected {}".format(pixels.shape[-1], request["image_size"]))
+        raise ValueError(
+            "LAVIS's processor made {} pixels, expected {}".format(pixels.shape[-1], request["image_size"])
+        )
     with torch.no_grad(), recording(model, request["places"]) as recorded:
         model(dict(request["texts"], image=pixels[:1]))
     say("captioning")
@@ -110,7 +112,7 @@ def build(request):
                 vit_precision="fp32",
                 num_query_token=request["qformer"]["queries"],
                 prompt=request["prompt"],
-                **{"{}_model".format(request["language"]["kind"]): request["files"]["language"]}
+                **{"{}_model".format(request["language"]["kind"]): request["files"]["language"]},
             )
     stored = _fill(model, request)
     language = getattr(model, request["language_prefix"])
@@ -118,7 +120,9 @@ def build(request):
     model = model.float().eval()
     empty = [name for name, _ in model.named_parameters() if name not in stored]
     if empty:
-        raise RuntimeError("The files have no value for {} of LAVIS's parameters, for one {}".format(len(empty), empty[0]))
+        raise RuntimeError(
+            "The files have no value for {} of LAVIS's parameters, for one {}".format(len(empty), empty[0])
+        )
     digests = {name: digest_as(value, stored[name]) for name, value in model.named_parameters()}
     return model, digests
 

@@ -104,9 +104,7 @@ def _language(variant: Variant) -> Iterator[Stage]:
     for argument in ("inputs_embeds", "attention_mask"):
         yield Stage(f"language.{argument}", f"{prefix}:{argument}", f"language_model:{argument}")
     yield from {"opt": _opt, "t5": _t5}[variant.language.kind](variant)
-    yield Stage(
-        "logits", f"{prefix}.lm_head", "language_model.lm_head", inputs={"input": ":input"}, modules=_same("")
-    )
+    yield Stage("logits", f"{prefix}.lm_head", "language_model.lm_head", inputs={"input": ":input"}, modules=_same(""))
 
 
 def _opt(variant: Variant) -> Iterator[Stage]:

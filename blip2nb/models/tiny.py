@@ -1,8 +1,8 @@
 """Twins: models with a released variant's architecture, flags and file layout, and small random weights.
 
 A twin goes through the same code as the real files, so everything proven on it is proven of that code. The values come
-from integer arithmetic alone, so that a twin is bit-identical on every machine; `twins.json` holds its hash. Between
-them the twins cover the forms real files take (see `FORMS`).
+from integer arithmetic alone, so that a twin is bit-identical on every machine; the tape that ships with the kit holds
+its hash. Between them the twins cover the forms real files take (see `FORMS`).
 """
 
 from __future__ import annotations
@@ -57,11 +57,75 @@ FORMS: dict[str, Form] = {
     "tiny-blip2-flan-t5-xxl": Form(shards=3, zipped=False),
 }
 
-WORDS = (
-    "a an the of on in at by to with and is are photo picture image man woman child dog cat bird boat ship car bus "
-    "train tree hill sea lake sky sun moon cloud snow sand road house tower bridge red blue green white black old "
-    "small big two three old new sits stands runs looks near under over beach street field table plate food cup"
-).split()
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "of",
+    "on",
+    "in",
+    "at",
+    "by",
+    "to",
+    "with",
+    "and",
+    "is",
+    "are",
+    "photo",
+    "picture",
+    "image",
+    "man",
+    "woman",
+    "child",
+    "dog",
+    "cat",
+    "bird",
+    "boat",
+    "ship",
+    "car",
+    "bus",
+    "train",
+    "tree",
+    "hill",
+    "sea",
+    "lake",
+    "sky",
+    "sun",
+    "moon",
+    "cloud",
+    "snow",
+    "sand",
+    "road",
+    "house",
+    "tower",
+    "bridge",
+    "red",
+    "blue",
+    "green",
+    "white",
+    "black",
+    "old",
+    "small",
+    "big",
+    "two",
+    "three",
+    "old",
+    "new",
+    "sits",
+    "stands",
+    "runs",
+    "looks",
+    "near",
+    "under",
+    "over",
+    "beach",
+    "street",
+    "field",
+    "table",
+    "plate",
+    "food",
+    "cup",
+]
 
 
 def write_twin(variant: Variant, folder: Path) -> None:
@@ -247,7 +311,9 @@ def _write_language(variant: Variant, form: Form, tensors: Mapping[str, torch.Te
             weight_map |= dict.fromkeys(part, file)
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index, indent=1))
-    write, config = (_write_opt_tokenizer, _opt_config) if variant.language.kind == "opt" else (_write_t5_tokenizer, _t5_config)
+    write, config = (
+        (_write_opt_tokenizer, _opt_config) if variant.language.kind == "opt" else (_write_t5_tokenizer, _t5_config)
+    )
     write(variant, folder)
     (folder / "config.json").write_text(json.dumps(config(variant), indent=2) + "\n")
 

@@ -203,13 +203,13 @@ def tape_images(tape: Tape) -> list[Image]:
     """The images LAVIS was shown, from the tape."""
     from PIL import Image as PIL
 
-    names = sorted((name for name in tape.names() if name.startswith("image.")), key=lambda name: int(name.split(".")[1]))
+    names = sorted(
+        (name for name in tape.names() if name.startswith("image.")), key=lambda name: int(name.split(".")[1])
+    )
     return [PIL.open(io.BytesIO(tape[name].numpy().tobytes())).convert("RGB") for name in names]
 
 
-def _pixels(
-    folder: Path, tape: Tape, pil: torch.Tensor, image: Image, arrays: dict[str, np.ndarray]
-) -> dict[str, Any]:
+def _pixels(folder: Path, tape: Tape, pil: torch.Tensor, image: Image, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     """The PIL processor's pixels, which must be LAVIS's, and the default one's, whose difference is shown."""
     from transformers import AutoProcessor
 
@@ -249,9 +249,7 @@ def _differences(
     return known, unknown
 
 
-def _captions(
-    loaded: huggingface.Loaded, model: Variant, tape: Tape, images: Sequence[Image]
-) -> dict[str, Any]:
+def _captions(loaded: huggingface.Loaded, model: Variant, tape: Tape, images: Sequence[Image]) -> dict[str, Any]:
     """Caption every image in every mode and compare token ids with LAVIS's."""
     out: dict[str, Any] = {"prompt": tape.metadata["prompt"], "lavis": {}, "huggingface": {}, "modes": {}}
     for mode, options in CAPTION_MODES.items():
@@ -290,7 +288,9 @@ def _known(
         "words": known.words,
         "why": known.why,
         "fix": known.fix,
-        "explains": [one.name for one in shipped.faults if one.name == known.stage and not after.faulty(fixed.threshold)],
+        "explains": [
+            one.name for one in shipped.faults if one.name == known.stage and not after.faulty(fixed.threshold)
+        ],
         "counter_test": {
             "local_error": [before.local_error, after.local_error],
             "excess": [before.excess, after.excess],
@@ -374,7 +374,11 @@ def _fusion(candidate: torch.nn.Module, tape: Tape, arrays: dict[str, np.ndarray
 
 
 def _logits_arrays(
-    loaded: huggingface.Loaded, found: torch.Tensor, expected: torch.Tensor, content: dict[str, Any], arrays: dict[str, np.ndarray]
+    loaded: huggingface.Loaded,
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    content: dict[str, Any],
+    arrays: dict[str, np.ndarray],
 ) -> None:
     if found.shape != expected.shape:
         return
@@ -396,10 +400,14 @@ def _logits_arrays(
 def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
     """match, explained, diverges or weights_only, the causes, and the sentence a person reads."""
     weights, name = content["weights"], content["model_name"]
-    problems = weights["missing"] + weights["unexpected"] + weights["roundtrip_differences"] + weights["modules_different"]
+    problems = (
+        weights["missing"] + weights["unexpected"] + weights["roundtrip_differences"] + weights["modules_different"]
+    )
     weights_fine = not problems and weights["roundtrip"] is not False and weights["modules_equal"] is not False
     if not weights_fine:
-        return _answer("diverges", [], f"The weights differ: {problems[0]} ({len(problems)} in all). No activation can be right.")
+        return _answer(
+            "diverges", [], f"The weights differ: {problems[0]} ({len(problems)} in all). No activation can be right."
+        )
     if content["proof"] == "weights":
         sentence = (
             f"All {weights['written']} tensors are accounted for and go back bit for bit. Behaviour was not compared: "
@@ -416,16 +424,22 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
     if faults and (left or not causes):
         return _answer("diverges", causes, f"First wrong at {first['stage']}: {first['cause']}.")
     if not captions["equal"] and captions["equal_when_fixed"] is not True:
-        return _answer("diverges", causes, "Every layer agrees, but the captions do not: look at generation's settings.")
+        return _answer(
+            "diverges", causes, "Every layer agrees, but the captions do not: look at generation's settings."
+        )
     if not faults:
-        return _answer("match", [], "The same model: every layer agrees with LAVIS to rounding, and so do the captions.")
+        return _answer(
+            "match", [], "The same model: every layer agrees with LAVIS to rounding, and so do the captions."
+        )
     safe = captions["equal"] and content["logits"]["top1_agreement"] == 1.0
     effect = (
         f"It changes the logits by {content['logits']['relative']:.1e} of their size "
         f"({content['logits']['fixed']['relative']:.1e} without it)"
     )
     advice = "no caption: safe to ship as it is" if safe else "and some captions: apply the fix"
-    return _answer("explained", causes, f"The same model but for one known cause: {first['cause']}. {effect} and {advice}.")
+    return _answer(
+        "explained", causes, f"The same model but for one known cause: {first['cause']}. {effect} and {advice}."
+    )
 
 
 def _answer(verdict: str, causes: list[str], summary: str) -> dict[str, Any]:
@@ -436,7 +450,9 @@ def _faulty(stage: Mapping[str, Any], threshold: float) -> bool:
     from blip2nb.trace.compare import ARRIVAL_TOLERANCE
 
     arrival, excess = stage["arrival_error"], stage["excess"]
-    return (arrival is not None and not arrival <= ARRIVAL_TOLERANCE) or (excess is not None and not excess <= threshold)
+    return (arrival is not None and not arrival <= ARRIVAL_TOLERANCE) or (
+        excess is not None and not excess <= threshold
+    )
 
 
 def _versions() -> dict[str, str]:
@@ -445,5 +461,3 @@ def _versions() -> dict[str, str]:
     import transformers
 
     return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
-
-

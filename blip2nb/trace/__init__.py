@@ -1,9 +1,9 @@
 """Recording and comparing activations of any two torch modules. Knows nothing of BLIP-2.
 
-    from blip2nb import trace
+from blip2nb import trace
 
-    stages = [trace.Stage("block.0", "blocks.0", "encoder.layers.0", inputs={"hidden_states": ":x"}), …]
-    trace.compare(reference, candidate, stages, inputs)
+stages = [trace.Stage("block.0", "blocks.0", "encoder.layers.0", inputs={"hidden_states": ":x"}), …]
+trace.compare(reference, candidate, stages, inputs)
 """
 
 from blip2nb.trace.stage import Stage

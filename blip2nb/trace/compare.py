@@ -254,10 +254,21 @@ class _Forcing:
         return hook
 
     def _measure(
-        self, stage: Stage, module: torch.nn.Module, args: tuple, kwargs: dict, found: torch.Tensor, expected: torch.Tensor
+        self,
+        stage: Stage,
+        module: torch.nn.Module,
+        args: tuple,
+        kwargs: dict,
+        found: torch.Tensor,
+        expected: torch.Tensor,
     ) -> None:
         if found.shape != expected.shape:
-            self.local[stage.name] = {"local_error": math.inf, "rounding": math.nan, "excess": math.inf, "bit_equal": False}
+            self.local[stage.name] = {
+                "local_error": math.inf,
+                "rounding": math.nan,
+                "excess": math.inf,
+                "bit_equal": False,
+            }
             return
         exact = self._referee(module, args, kwargs)
         local_error = distance(found, expected)

@@ -149,7 +149,9 @@ class Tape:
             raise ValueError("{} is not a tape, or not a whole one ({}). Record it again.".format(path, error))
         if head["format"] != FORMAT:
             raise ValueError(
-                "{} is a tape of format {}, this version reads {}. Record it again.".format(path, head["format"], FORMAT)
+                "{} is a tape of format {}, this version reads {}. Record it again.".format(
+                    path, head["format"], FORMAT
+                )
             )
         self.metadata = head["tape"]
         self._aliases = head["aliases"]

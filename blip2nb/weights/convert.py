@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2nb.errors import RequestError
 from blip2nb.weights.hashing import DTYPE_NAMES, DTYPES, combine, digest
-from blip2nb.weights.mapping import Entry, MappingError, Plan, entries
+from blip2nb.weights.mapping import Entry, MappingError, Plan
 from blip2nb.weights.sources import Source, open_folder
 from blip2nb.weights.writer import Slot, parse_size, shard, shard_file, write_index
 
@@ -35,7 +35,9 @@ class Manifest:
         parameters: LAVIS name -> digest, of what was read.
         origins: LAVIS name -> the file's name it was read from.
         tied, dropped, unused: names left out, each with the rule's reason.
+        bytes_by_kind: component -> kind of rule -> bytes written.
         versions: what wrote it.
+        files: name, size and time of change of every file read.
     """
 
     model: str
@@ -48,6 +50,7 @@ class Manifest:
     unused: Mapping[str, str]
     bytes_by_kind: Mapping[str, Mapping[str, int]]
     versions: Mapping[str, str]
+    files: Sequence[Mapping[str, Any]] = ()
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
@@ -66,7 +69,12 @@ class Manifest:
 
 
 def write_weights(
-    plan: Plan, source: Source, folder: Path, dtype: str = "auto", max_shard_size: str | int = "5GB", progress: Any = None
+    plan: Plan,
+    source: Source,
+    folder: Path,
+    dtype: str = "auto",
+    max_shard_size: str | int = "5GB",
+    progress: Any = None,
 ) -> Manifest:
     """Write a plan's tensors into `folder` as safetensors with the hub's naming, one tensor in memory at a time.
 
@@ -81,7 +89,10 @@ def write_weights(
     if dtype not in CASTS:
         raise RequestError(f"--dtype should be one of {', '.join(CASTS)}, found {dtype!r}.")
     _check_left_out(plan, source)
-    slots = {entry.target: Slot(str(entry.target), CASTS[dtype] or source.dtype(entry.sources[0]), entry.shape) for entry in plan.written}
+    slots = {
+        entry.target: Slot(str(entry.target), CASTS[dtype] or source.dtype(entry.sources[0]), entry.shape)
+        for entry in plan.written
+    }
     entry_of = {entry.target: entry for entry in plan.written}
     shards = shard(list(slots.values()), parse_size(max_shard_size))
     parameters: dict[str, str] = {}
@@ -109,7 +120,8 @@ def write_weights(
 def target_size(plan: Plan, source: Source, dtype: str = "auto") -> int:
     """Bytes that `write_weights` will write, without headers."""
     return sum(
-        Slot(str(entry.target), CASTS[dtype] or source.dtype(entry.sources[0]), entry.shape).size for entry in plan.written
+        Slot(str(entry.target), CASTS[dtype] or source.dtype(entry.sources[0]), entry.shape).size
+        for entry in plan.written
     )
 
 
@@ -167,12 +179,6 @@ def inverse_tensors(model: Path, plan: Plan) -> Iterator[tuple[str, torch.Tensor
         yield from zip(entry.sources, back, strict=True)
 
 
-def saved_parameters(model: Path, manifest_model: str) -> Mapping[str, tuple[int, ...]]:
-    """Target name -> shape of what a converted directory holds."""
-    saved = open_folder(model)
-    return {name: saved.shape(name) for name in saved.names()}
-
-
 def _bytes_by_kind(plan: Plan, slots: Mapping[Any, Slot]) -> dict[str, dict[str, int]]:
     """Bytes written by component (vision_model, qformer, …) and kind of rule: what the picture of the files draws."""
     out: dict[str, dict[str, int]] = {}
@@ -187,6 +193,3 @@ def _versions() -> dict[str, str]:
     import importlib.metadata
 
     return {name: importlib.metadata.version(name) for name in ("torch", "safetensors")}
-
-
-__all__ = ["MANIFEST", "Manifest", "entries", "inverse_tensors", "target_size", "write_weights"]

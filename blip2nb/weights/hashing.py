@@ -22,12 +22,12 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 def tensor_bytes(tensor):
-    """The tensor's bytes in row-major order, as a buffer that shares its memory where it can (it must be on the CPU)."""
+    """The tensor's bytes in row-major order, as a buffer that shares its memory where it can. CPU only."""
     return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def digest(tensor):
-    """"DTYPE:sha256" over shape and bytes. Two tensors have the same digest when they are bit-identical.
+    """ "DTYPE:sha256" over shape and bytes. Two tensors have the same digest when they are bit-identical.
 
     >>> digest(torch.zeros(2))[:8]
     'F32:d374'

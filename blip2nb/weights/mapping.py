@@ -377,9 +377,9 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """
     for candidate in VARIANTS.values():
         expected = {name: entry for entry in entries(candidate) for name in entry.sources}
-        if all(name in expected and tuple(shape) == expected[name].source_shape for name, shape in shapes.items()):
-            if all(name in shapes for name, entry in expected.items() if not entry.optional):
-                return candidate.name
+        fits = all(name in expected and tuple(shape) == expected[name].source_shape for name, shape in shapes.items())
+        if fits and all(name in shapes for name, entry in expected.items() if not entry.optional):
+            return candidate.name
     return None
 
 

@@ -227,7 +227,9 @@ def _shards(index: Path) -> list[Path]:
         raise RequestError(f"{index} is not an index of shards ({error!r}). Download or copy it again.") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise RequestError(f"{index} names {name!r}: a shard must lie beside its index. The folder is not safe to use.")
+            raise RequestError(
+                f"{index} names {name!r}: a shard must lie beside its index. The folder is not safe to use."
+            )
         if not (index.parent / name).is_file():
             raise RequestError(f"{index} names {name}, which is not in {index.parent}. Download or copy it again.")
     return [index.parent / name for name in names]

@@ -80,7 +80,7 @@ def shard(slots: Sequence[Slot], largest: int) -> list[Shard]:
 
 
 @contextlib.contextmanager
-def shard_file(path: Path, shard: Shard) -> Iterator["ShardFile"]:
+def shard_file(path: Path, shard: Shard) -> Iterator[ShardFile]:
     """Open a shard for writing. It is synced to disk on leaving; leaving before the last tensor is an error."""
     with open(path, "wb") as file:
         out = ShardFile(file, shard)

@@ -1,0 +1,32 @@
+"""blip2nb moves BLIP-2 checkpoints from LAVIS to Hugging Face transformers and proves that nothing was lost.
+
+import blip2nb
+
+run = blip2nb.convert("tiny-blip2-opt-2.7b")
+report = blip2nb.verify(run)
+"""
+
+__version__ = "0.1.0"
+__all__ = ["Report", "Run", "Tape", "capture", "convert", "show", "variant", "verify"]
+
+_HOMES = {
+    "capture": "api",
+    "convert": "api",
+    "draw": "api",
+    "show": "api",
+    "verify": "api",
+    "check_parameters": "notebook",
+    "Report": "report",
+    "Run": "runs",
+    "Tape": "trace.tape",
+    "variant": "variants",
+}
+
+
+def __getattr__(name):
+    # imported on first use, so that `import blip2nb` and `blip2nb --help` are instant
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module("blip2nb." + _HOMES[name]), name)
+    raise AttributeError("module 'blip2nb' has no attribute {!r}".format(name))

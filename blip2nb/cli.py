@@ -1,0 +1,259 @@
+"""The `blip2nb` command. Everything heavy is imported inside the commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import enum
+import json
+import logging
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from blip2nb import __version__
+from blip2nb.errors import Blip2nbError, Diverges, RequestError
+
+app = typer.Typer(
+    help="Move BLIP-2 checkpoints from LAVIS to Hugging Face transformers, and prove the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class Dtype(str, enum.Enum):
+    auto, float32, float16, bfloat16 = "auto", "float32", "float16", "bfloat16"
+
+
+class Proof(str, enum.Enum):
+    auto, weights, both = "auto", "weights", "both"
+
+
+Model = Annotated[str, typer.Argument(help="A variant's name; see `blip2nb variants`.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Source = Annotated[
+    str, typer.Option(help="A folder in the released layout, or a checkpoint to lay over the model's own files.")
+]
+Output = Annotated[str, typer.Option("--output", "-o", help="Where to write; under outputs/ unless given.")]
+LavisPython = Annotated[
+    str, typer.Option(help="The python of an environment with LAVIS; found by itself if made here.")
+]
+Device = Annotated[str, typer.Option(help="Where LAVIS runs: cpu, cuda, cuda:1 …")]
+
+
+def main() -> None:
+    """Entry point: runs the command and turns the kit's errors into one sentence and an exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "httpcore", "huggingface_hub", "papermill", "matplotlib", "fontTools"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except TyperException as error:
+        error.show()
+        sys.exit(RequestError.exit_status)
+    except Blip2nbError as error:
+        print(f"blip2nb: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except (KeyboardInterrupt, typer.Abort):
+        print("blip2nb: stopped; nothing half-written was left.", file=sys.stderr)
+        sys.exit(3)
+    except Exception as error:
+        logging.getLogger("blip2nb").debug("traceback", exc_info=True)
+        print(
+            f"blip2nb: unexpected {type(error).__name__}: {error}. Please report this with the command.",
+            file=sys.stderr,
+        )
+        sys.exit(3)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say more, with tracebacks.")] = False,
+) -> None:
+    if verbose:
+        logging.getLogger().setLevel(logging.DEBUG)
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def variants(as_json: Json = False) -> None:
+    """List the models and their twins."""
+    from blip2nb.variants import VARIANTS
+    from blip2nb.weights.mapping import parameter_count
+
+    rows = [
+        {
+            "model": one.name,
+            "lavis": f"{one.lavis_class}, {one.lavis_type}",
+            "image_size": one.image_size,
+            "language_model": one.language_model,
+            "checkpoint": one.checkpoint,
+            "prompt": one.prompt,
+            "parameters": parameter_count(one),
+            "twin": one.twin,
+        }
+        for one in VARIANTS.values()
+    ]
+    if as_json:
+        _print_json(rows)
+        return
+    for row in rows:
+        size = f"{row['parameters'] / 1e9:.2f} B" if not row["twin"] else f"{row['parameters'] / 1e3:.0f} k"
+        print(f"{row['model']:<28}{size:>9}  {row['image_size']} px  {row['language_model']:<20} {row['checkpoint']}")
+
+
+@app.command()
+def keys(model: Model, as_json: Json = False) -> None:
+    """Print the whole mapping of a model: every tensor's name in LAVIS and in transformers, from shapes alone."""
+    from blip2nb.variants import variant
+    from blip2nb.weights.mapping import entries
+
+    rows = [
+        {"source": list(entry.sources), "target": entry.target, "rule": entry.kind, "shape": list(entry.shape)}
+        for entry in entries(variant(model))
+    ]
+    if as_json:
+        _print_json(rows)
+        return
+    for row in rows:
+        print(f"{row['rule']:<19} {' + '.join(row['source'])} -> {row['target'] or '(left out)'} {tuple(row['shape'])}")
+
+
+@app.command()
+def convert(
+    model: Model,
+    source: Source = "",
+    output: Output = "",
+    dtype: Annotated[Dtype, typer.Option(help="auto keeps every tensor's own and loses nothing.")] = Dtype.auto,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
+    run_name: Annotated[str, typer.Option(help="Folder under outputs/; the model's name unless given.")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands there.")] = False,
+    push_to_hub: Annotated[
+        str, typer.Option(metavar="REPO", help="Upload to user/name when done; token from the login.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Convert a model into a directory that transformers loads. Needs no LAVIS."""
+    from blip2nb import api
+
+    run = api.convert(
+        model,
+        source,
+        output,
+        run_name=run_name,
+        dtype=dtype.value,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        push_to_hub=push_to_hub,
+    )
+    if as_json:
+        _print_json({"model": model, "output": str(run.model)})
+        return
+    print(run.model)
+
+
+@app.command()
+def capture(
+    model: Model,
+    source: Source = "",
+    output: Output = "",
+    lavis_python: LavisPython = "",
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Have LAVIS itself run the model and record it: the reference that `verify` compares with."""
+    from blip2nb import api
+
+    tape = api.capture(model, source, output=output, lavis_python=lavis_python, device=device)
+    if as_json:
+        _print_json(
+            {"tape": tape.path, **{name: tape.metadata[name] for name in ("model", "weights_hash", "versions")}}
+        )
+        return
+    print(tape.path)
+
+
+@app.command()
+def verify(
+    target: Annotated[str, typer.Argument(metavar="DIR", help="A converted directory, or a run's folder or name.")],
+    proof: Annotated[Proof, typer.Option(help="weights alone, both proofs, or what is possible.")] = Proof.auto,
+    tape: Annotated[str, typer.Option(help="A recording to compare with; one that fits is found or made.")] = "",
+    source: Source = "",
+    lavis_python: LavisPython = "",
+    device: Device = "cpu",
+    output: Output = "",
+    figures: Annotated[bool, typer.Option(help="Also draw the figures.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Prove that a converted directory is the model LAVIS runs, or say where it first goes wrong.
+
+    Exit status: 0 for match, explained, and weights_only where that was asked or LAVIS is not at hand; 1 for diverges.
+    """
+    from blip2nb import api
+    from blip2nb.runs import find_run
+
+    run = find_run(target)
+    report = api.verify(
+        run,
+        proof=proof.value,
+        tape=tape,
+        source=source,
+        lavis_python=lavis_python,
+        device=device,
+        output=output,
+        figures=figures,
+    )
+    if as_json:
+        _print_json(report.content)
+    else:
+        print(report)
+    if report.verdict == "diverges":
+        raise typer.Exit(Diverges.exit_status)
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name under outputs/.")],
+    as_json: Json = False,
+) -> None:
+    """Print a run's verdict, the numbers behind it and where everything lies."""
+    from blip2nb import api
+    from blip2nb.runs import find_run
+
+    found = find_run(run)
+    if as_json:
+        _print_json(found.report.content)
+        return
+    print(api.show(found))
+
+
+@app.command()
+def doctor(lavis_python: LavisPython = "", as_json: Json = False) -> None:
+    """Check this machine: versions, the LAVIS environment, disk and memory."""
+    from blip2nb.run.doctor import examine
+
+    findings = examine(lavis_python)
+    if as_json:
+        _print_json([finding.as_dict() for finding in findings])
+    else:
+        for finding in findings:
+            print(f"{'ok ' if finding.fine else '!! '} {finding.what}: {finding.found}")
+            if finding.advice:
+                print(f"      {finding.advice}")
+    if not all(finding.fine for finding in findings if finding.required):
+        raise typer.Exit(RequestError.exit_status)
+
+
+def _print_json(content: Any) -> None:
+    from blip2nb.report import _finite
+
+    print(json.dumps(_finite(content), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What the notebooks need of Jupyter itself: a check that papermill was given parameters the notebook has."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import itertools
+
+from blip2nb.errors import RequestError
+
+_INJECTED = "# Parameters\n"  # how papermill begins the cell it puts in
+
+
+def check_parameters() -> None:
+    """Refuse a parameter that papermill injected and the notebook does not declare.
+
+    papermill accepts any name in silence, so that `-p modelname …` would run the default model. Declared is what the
+    cell before the injected one assigns.
+
+    Raises:
+        RequestError: naming the parameter and the nearest one there is.
+    """
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    cells = shell.user_ns.get("In", []) if shell is not None else []
+    for before, cell in itertools.pairwise(cells):
+        if cell.startswith(_INJECTED):
+            refuse_undeclared(assigned(before), assigned(cell))
+
+
+def assigned(code: str) -> list[str]:
+    """The names that a cell of plain assignments gives values to."""
+    names = []
+    for node in ast.parse(code).body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
+
+
+def refuse_undeclared(declared: list[str], given: list[str]) -> None:
+    """Raises RequestError for the first name that is given and not declared."""
+    for name in given:
+        if name not in declared:
+            near = difflib.get_close_matches(name, declared, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise RequestError(f"This notebook has no parameter {name!r}.{hint} It has: {', '.join(declared)}.")

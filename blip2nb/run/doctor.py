@@ -1,0 +1,93 @@
+"""What this machine has and lacks for the kit, each with what to do about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import shutil
+from pathlib import Path
+
+from blip2nb.run import kernels
+from blip2nb.runs import outputs_folder
+from blip2nb.weights.download import cache_folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing looked at. `required` ones decide the exit status; the others only limit what can be done."""
+
+    what: str
+    found: str
+    fine: bool
+    required: bool = False
+    advice: str = ""
+
+    def as_dict(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+
+def examine(lavis_python: str = "") -> list[Finding]:
+    """Look at everything the kit needs. Takes some seconds where LAVIS is installed, since it is imported."""
+    return [_python(), *_packages(), _lavis(lavis_python), _disk(), _memory(), _cache()]
+
+
+def _python() -> Finding:
+    found = platform.python_version()
+    fine = tuple(int(part) for part in found.split(".")[:2]) >= (3, 10)
+    return Finding("Python", found, fine, required=True, advice="" if fine else "Python 3.10 or newer is needed.")
+
+
+def _packages() -> list[Finding]:
+    out = []
+    for name, floor in (("torch", 2), ("torchvision", 0), ("transformers", 5), ("papermill", 2), ("jupyterlab", 4)):
+        try:
+            found = importlib.metadata.version(name)
+            fine = int(found.split(".")[0]) >= floor
+        except importlib.metadata.PackageNotFoundError:
+            found, fine = "not installed", False
+        out.append(
+            Finding(name, found, fine, required=True, advice="" if fine else "Run `make setup` or pip install -e .")
+        )
+    return out
+
+
+def _lavis(lavis_python: str) -> Finding:
+    lavis = kernels.find_lavis(lavis_python)
+    if lavis is None:
+        return Finding(
+            "LAVIS", "no environment found", False, advice="`make lavis` makes one; needed for new recordings alone."
+        )
+    versions = kernels.check(lavis.python, ["lavis=salesforce-lavis", "torch=torch", "transformers=transformers"])
+    fine = all(versions.values()) and len(versions) > 1
+    found = ", ".join(f"{name} {version or 'does not import'}" for name, version in versions.items())
+    advice = (
+        "" if fine else f"Try {lavis.python} -c 'import lavis' and read the error; `make lavis` makes a working one."
+    )
+    return Finding("LAVIS", f"{lavis.python} ({found})", fine, advice=advice)
+
+
+def _disk() -> Finding:
+    folder = outputs_folder()
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    fine = free > 20e9
+    advice = (
+        "" if fine else "A full-size conversion writes 8 to 25 GB beside what it reads; use --output on another disk."
+    )
+    return Finding("disk", f"{free / 1e9:.0f} GB free at {place}", fine, advice=advice)
+
+
+def _memory() -> Finding:
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    if "MemAvailable" not in sizes:
+        return Finding("memory", "unknown on this system", True)
+    available = sizes["MemAvailable"]
+    advice = "" if available > 17e9 else "Conversion is fine; running blip2-opt-2.7b in float32 takes 15 GB."
+    return Finding("memory", f"{available / 1e9:.0f} GB available", available > 2e9, advice=advice)
+
+
+def _cache() -> Finding:
+    folder = cache_folder()
+    return Finding("cache", str(folder) + ("" if folder.exists() else " (not made yet)"), True)

@@ -1,0 +1,207 @@
+"""The LAVIS environment: finding it, handing it a request, and running it there, as a script or as a notebook."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from blip2nb.errors import RequestError
+from blip2nb.models import inputs
+from blip2nb.models.stages import stages
+from blip2nb.trace.stage import places
+from blip2nb.trace.tape import Tape
+from blip2nb.variants import Variant
+from blip2nb.weights.mapping import Tied, entries
+from blip2nb.weights.sources import Files
+
+KERNEL = "lavis"
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+# What travels to where LAVIS is: the recorder, under a name that does not hide the lavis package, and its two helpers
+_FILES = {
+    "record_lavis.py": _PACKAGE / "models" / "lavis.py",
+    "tape.py": _PACKAGE / "trace" / "tape.py",
+    "hashing.py": _PACKAGE / "weights" / "hashing.py",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lavis:
+    """A Python that has LAVIS. `kernel` is its Jupyter kernel's name, where it is one."""
+
+    python: Path
+    kernel: str | None
+
+
+def find_lavis(lavis_python: str | Path = "") -> Lavis | None:
+    """The LAVIS environment to use: the one given, $BLIP2NB_LAVIS_PYTHON, the Jupyter kernel `lavis`, or .venv-lavis.
+
+    Raises:
+        RequestError: the one given does not exist.
+    """
+    given = str(lavis_python or os.environ.get("BLIP2NB_LAVIS_PYTHON", ""))
+    if given:
+        path = Path(given).expanduser()
+        if not path.is_file():
+            raise RequestError(
+                f"--lavis-python {given} does not exist. Expected the python of an environment with LAVIS."
+            )
+        return Lavis(path, None)
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+    try:
+        spec = KernelSpecManager().get_kernel_spec(KERNEL)
+        if Path(spec.argv[0]).is_file():
+            return Lavis(Path(spec.argv[0]), KERNEL)
+    except NoSuchKernel:
+        pass
+    own = _PACKAGE.parent / ".venv-lavis" / "bin" / "python"
+    return Lavis(own, None) if own.is_file() else None
+
+
+def prepare(folder: Path, variant: Variant, files: Files, source: str, device: str = "cpu") -> Path:
+    """Write a request for LAVIS and all it needs into `folder`; returns the request's path.
+
+    The folder can be copied to the machine where LAVIS is (then mend the paths under "files" in request.json) and run
+    there with `python record_lavis.py request.json`; what comes back is tape.safetensors.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in _FILES.items():
+        shutil.copyfile(path, folder / name)
+    images = inputs.demo_images()
+    words = inputs.texts(variant)
+    names = []
+    for number, image in enumerate(images):
+        names.append(f"image-{number}.png")
+        (folder / names[-1]).write_bytes(inputs.png(image))
+    request = {
+        "model": variant.name,
+        "class": variant.lavis_class,
+        "type": variant.lavis_type,
+        "source": source,
+        "image_size": variant.image_size,
+        "prompt": variant.prompt,
+        "vision": dataclasses.asdict(variant.vision),
+        "qformer": dataclasses.asdict(variant.qformer),
+        "language": dataclasses.asdict(variant.language),
+        "language_prefix": variant.language_prefix,
+        "files": {
+            "vision": str(files.vision.resolve()),
+            "language": str(files.language.resolve()),
+            "checkpoints": [str(path.resolve()) for path in files.checkpoints],
+        },
+        "aliases": [entry.sources[0] for entry in entries(variant) if isinstance(entry.rule, Tied)],
+        "images": names,
+        "texts": words,
+        "inputs_hash": inputs.inputs_hash(images, words),
+        "places": places(stages(variant)),
+        "device": device,
+        "output": "tape.safetensors",
+    }
+    path = folder / "request.json"
+    path.write_text(json.dumps(request, indent=1) + "\n")
+    return path
+
+
+def capture(
+    variant: Variant,
+    files: Files,
+    tape: Path,
+    lavis: Lavis,
+    source: str = "",
+    device: str = "cpu",
+    notebook: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Tape:
+    """Have LAVIS record a tape on a variant's files.
+
+    Args:
+        tape: where to put it.
+        notebook: run this notebook on LAVIS's kernel instead of the script, and keep the executed one beside the tape.
+        progress: called with each sentence that the recorder says.
+
+    Raises:
+        RequestError: LAVIS could not do it; the sentence holds the last thing it said.
+    """
+    tape.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="blip2nb-") as name:
+        folder = Path(name)
+        request = prepare(folder, variant, files, source, device)
+        if notebook is not None and lavis.kernel is not None:
+            run_notebook(notebook, tape.with_name("lavis.ipynb"), lavis.kernel, {"request": str(request)})
+        else:
+            _run_script(lavis, folder, progress or (lambda sentence: None))
+        made = folder / "tape.safetensors"
+        if not made.is_file():
+            raise RequestError(f"{lavis.python} ended without a tape. Try it by hand: blip2nb doctor.")
+        arriving = tape.with_name(f"{tape.name}.partial")
+        shutil.copyfile(made, arriving)
+        os.replace(arriving, tape)
+    return Tape(tape)
+
+
+def _run_script(lavis: Lavis, folder: Path, progress: Callable[[str], None]) -> None:
+    command = [str(lavis.python), "record_lavis.py", "request.json"]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    last: collections.deque[str] = collections.deque(maxlen=1)
+    with subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.strip():
+                last.append(line.strip())
+                progress(line.strip())
+    if process.returncode != 0:
+        said = last[0] if last else f"exit status {process.returncode}"
+        raise RequestError(
+            f"LAVIS could not record the reference: {said}. `blip2nb doctor` checks the environment at {lavis.python}."
+        )
+
+
+def run_notebook(notebook: Path, output: Path, kernel: str, parameters: dict[str, Any]) -> None:
+    """Execute a notebook with papermill, its messages kept quiet; a failing cell is raised."""
+    import papermill
+
+    papermill.execute_notebook(
+        str(notebook),
+        str(output),
+        parameters=parameters,
+        kernel_name=kernel,
+        progress_bar=False,
+        cwd=str(notebook.parent),
+    )
+
+
+def check(python: Path, modules: Sequence[str]) -> dict[str, str | None]:
+    """Versions of packages in another environment; None for one that does not import."""
+    code = (
+        "import importlib, importlib.metadata as m, json, sys\n"
+        "out = {'python': sys.version.split()[0]}\n"
+        "for name, package in (p.split('=') for p in sys.argv[1:]):\n"
+        "    try:\n"
+        "        importlib.import_module(name); out[package] = m.version(package)\n"
+        "    except Exception as error:\n"
+        "        out[package] = None\n"
+        "print(json.dumps(out))"
+    )
+    done = subprocess.run(
+        [str(python), "-W", "ignore", "-c", code, *modules], capture_output=True, text=True, timeout=300, check=False
+    )
+    lines = done.stdout.strip().splitlines()
+    return json.loads(lines[-1]) if done.returncode == 0 and lines else {"python": None}

@@ -1,0 +1,103 @@
+"""A run: a folder under outputs/ that holds one conversion with its proof, and where everything in it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from blip2nb.errors import RequestError
+from blip2nb.report import Report
+from blip2nb.trace.tape import Tape
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The places of one run. None of them need exist yet.
+
+    Attributes:
+        folder: holds tape.safetensors, report.json, arrays.safetensors and figures/.
+        model: the converted directory, which `from_pretrained` loads.
+    """
+
+    folder: Path
+    model: Path
+
+    @property
+    def tape_path(self) -> Path:
+        return self.folder / "tape.safetensors"
+
+    @property
+    def figures(self) -> Path:
+        return self.folder / "figures"
+
+    @property
+    def report(self) -> Report:
+        """Raises RequestError when the run was not verified yet."""
+        return Report.load(self.folder)
+
+    @property
+    def tape(self) -> Tape:
+        """The run's own recording. Raises FileNotFoundError when it has none (a shipped one may fit)."""
+        return Tape(self.tape_path)
+
+    def __repr__(self) -> str:
+        lines = [f"Run {self.folder.name}", f"  model    {self.model}"]
+        for label, path in (
+            ("tape", self.tape_path),
+            ("report", self.folder / "report.json"),
+            ("figures", self.figures),
+        ):
+            if path.exists():
+                lines.append(f"  {label:8s} {path}")
+        return "\n".join(lines)
+
+
+def outputs_folder(output_dir: str | Path = "") -> Path:
+    """The given folder; else the checkout's outputs/, wherever the caller stands; else outputs/ here."""
+    if output_dir:
+        return Path(output_dir).expanduser().resolve()
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout / "outputs" if (checkout / "notebooks").is_dir() else Path.cwd() / "outputs"
+
+
+def new_run(model: str, source: str | Path = "", run_name: str = "", output_dir: str | Path = "") -> Run:
+    """The run of a model: named after it, with the checkpoint's stem behind it where one was laid over its own files.
+
+    Raises:
+        RequestError: the name is a path.
+    """
+    if not run_name:
+        own = not source or Path(source).is_dir()
+        run_name = model if own else f"{model}--{Path(source).stem}"
+    if Path(run_name).name != run_name or run_name.startswith("."):
+        raise RequestError(
+            f"A run's name should be a plain folder name, found {run_name!r}. Use output_dir for its place."
+        )
+    folder = outputs_folder(output_dir) / run_name
+    return Run(folder, folder / "model")
+
+
+def run_of_model(model: Path, folder: Path | None = None) -> Run:
+    """The run a converted directory belongs to: the folder it stands in as `model`, or one beside it."""
+    model = model.resolve()
+    if folder is None:
+        folder = model.parent if model.name == "model" else model.with_name(f"{model.name}-proof")
+    return Run(folder, model)
+
+
+def find_run(path: str | Path, output_dir: str | Path = "") -> Run:
+    """The run meant by a path or a run's name: a run's folder, a converted directory, or a name under outputs/.
+
+    Raises:
+        RequestError: there is no such thing.
+    """
+    named = outputs_folder(output_dir) / str(path)
+    for folder in (Path(path).expanduser(), named):
+        if (folder / "config.json").is_file():
+            return run_of_model(folder)
+        if (folder / "model").is_dir() or (folder / "report.json").is_file():
+            return Run(folder.resolve(), folder.resolve() / "model")
+    raise RequestError(
+        f"{path} is neither a converted directory nor a run. Expected a folder that `blip2nb convert` wrote, "
+        f"or a run's name under {outputs_folder(output_dir)}."
+    )

@@ -1,0 +1,106 @@
+"""A run in words, for terminals and notebooks. Plain language: the terms are those of the README's glossary."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from blip2nb.runs import Run
+
+VERDICTS = {
+    "match": "the same model",
+    "explained": "the same model, but for a known difference",
+    "diverges": "not the same model",
+    "weights_only": "the weights are the same; behaviour was not compared",
+}
+
+
+def describe(run: Run) -> str:
+    """The verdict, the numbers behind it, and where things are. Raises RequestError when there is no report."""
+    report = run.report.content
+    lines = [f"{report['model_name']}: {report['verdict']} ({VERDICTS[report['verdict']]})", "", report["summary"], ""]
+    lines += [f"  {label:<22}{value}" for label, value in numbers(report)]
+    if report["proof"] == "weights":
+        lines += ["", f"To complete the proof: blip2nb capture {report['model_name']} && blip2nb verify {run.model}"]
+    for known in report["known_differences"]:
+        lines += ["", f"{known['words']} ({known['id']})", f"  {known['why']}", f"  remedy: {known['fix']}"]
+    lines += ["", "Where things are"]
+    lines += [f"  {label:<10}{path}" for label, path in places(run)]
+    return "\n".join(lines)
+
+
+def places(run: Run) -> list[tuple[str, Path]]:
+    """What the run has left on disk."""
+    whole = [
+        ("model", run.model),
+        ("report", run.folder / "report.json"),
+        ("figures", run.figures),
+        ("tape", run.tape_path),
+    ]
+    return [(label, path) for label, path in whole if path.exists()]
+
+
+def numbers(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures that a reader of the verdict asks for next, as (label, value)."""
+    weights = report["weights"]
+    out = [
+        (
+            "tensors written",
+            f"{weights['written']}, missing {len(weights['missing'])}, unexpected {len(weights['unexpected'])}",
+        ),
+        (
+            "way back",
+            {True: "bit for bit", False: "NOT the source", None: "lossy, since the weights were cast"}[
+                weights["roundtrip"]
+            ],
+        ),
+    ]
+    if report["proof"] == "weights":
+        return out
+    logits, stages = report["logits"], report["stages"]
+    excess = [stage for stage in stages if stage["excess"] is not None]
+    worst = max(excess, key=lambda stage: stage["excess"])
+    fixed = [stage["fixed"]["excess"] for stage in excess if stage["fixed"]]
+    out += [
+        (
+            "LAVIS's modules",
+            f"{weights['modules_checked']} parameters, {'all' if weights['modules_equal'] else 'NOT'} equal by hash",
+        ),
+        (
+            "pixel values",
+            "equal" if report["pixel_values"]["equal"] else f"differ by {report['pixel_values']['max_abs']:.3g}",
+        ),
+        ("layers", f"{len(stages)} places, error ÷ its own rounding at most {worst['excess']:.3g} ({worst['name']})"),
+    ]
+    if fixed:
+        out.append(("layers, with remedy", f"error ÷ its own rounding between {min(fixed):.2f} and {max(fixed):.2f}"))
+    out.append(
+        ("logits", f"relative error {logits['relative']:.1e}, same first token at {logits['top1_agreement']:.0%}")
+    )
+    if "fixed" in logits:
+        out.append(("logits, with remedy", f"relative error {logits['fixed']['relative']:.1e}"))
+    modes = report["captions"]["modes"]
+    for mode, label in (
+        ("greedy", "captions, greedy"),
+        ("beams", "captions, 5 beams"),
+        ("default", "LAVIS's own beams"),
+    ):
+        equal = modes[mode]["equal"]
+        out.append((label, f"{sum(equal)} of {len(equal)} equal in every token"))
+    return out
+
+
+def verdict_html(report: Mapping[str, Any]) -> str:
+    """The verdict as a notebook shows it: a heading, the sentence, the numbers."""
+    colour = {"diverges": "#D55E00", "weights_only": "#666666"}.get(report["verdict"], "#0072B2")
+    rows = "".join(
+        f"<tr><th align='left'>{html.escape(label)}</th><td align='left'>{html.escape(value)}</td></tr>"
+        for label, value in numbers(report)
+    )
+    return (
+        f"<div style='border-left:4px solid {colour};padding-left:12px'><strong>{html.escape(report['model_name'])}: "
+        f"{html.escape(report['verdict'])}</strong> ({VERDICTS[report['verdict']]})"
+        f"<p>{html.escape(report['summary'])}</p><table>{rows}</table></div>"
+    )
