@@ -15,7 +15,7 @@ _HOMES = {
     "draw": "api",
     "show": "api",
     "verify": "api",
-    "check_parameters": "notebook",
+    "check_notebook": "notebook",
     "Report": "report",
     "Run": "runs",
     "Tape": "trace.tape",

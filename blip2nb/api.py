@@ -84,7 +84,7 @@ def capture(
     output_dir: str | Path = "",
     lavis_python: str | Path = "",
     device: str = "cpu",
-    notebook: str | Path = "",
+    notebook: bool = False,
 ) -> Tape:
     """Have LAVIS itself run a model's weights on the demo inputs and record what happens: the reference.
 
@@ -94,7 +94,8 @@ def capture(
         output: the tape's path; the run's tape.safetensors unless given.
         lavis_python: the python of an environment with LAVIS; found by itself where `make lavis` made one.
         device: "cpu" or a GPU's name, for LAVIS. Float32 on both.
-        notebook: notebooks/lavis.ipynb, to run it on the `lavis` kernel through papermill instead of as a script.
+        notebook: run notebooks/lavis.ipynb on the `lavis` kernel, through papermill, instead of the bare script, and
+            keep the executed notebook beside the tape.
 
     Raises:
         RequestError: there is no LAVIS, or it could not do it.
@@ -108,9 +109,8 @@ def capture(
     files = find_files(wanted, source)
     path = Path(output).expanduser().resolve() if output else run.tape_path
     with _steps("LAVIS") as say:
-        where = Path(notebook).resolve() if notebook else None
-        kind = "twin" if wanted.twin else str(source) or "released files"
-        return kernels.capture(wanted, files, path, lavis, kind, device, where, progress=say)
+        kind = "twin" if wanted.twin else Path(source).name if source else "released files"
+        return kernels.capture(wanted, files, path, lavis, kind, device, notebook, progress=say)
 
 
 def verify(
@@ -122,7 +122,7 @@ def verify(
     lavis_python: str | Path = "",
     device: str = "cpu",
     output: str | Path = "",
-    notebook: str | Path = "",
+    notebook: bool = False,
     figures: bool = True,
 ) -> Report:
     """Prove that a converted directory is the model LAVIS runs, and say where it first goes wrong if it is not.
@@ -282,7 +282,7 @@ def _tape(
     source: str | Path,
     lavis_python: str | Path,
     device: str,
-    notebook: str | Path,
+    notebook: bool,
 ) -> Tape | None:
     """The recording to compare with: the one given, one that fits, or one made now. None where that cannot be."""
     if proof == "weights":

@@ -1,9 +1,10 @@
-"""What the notebooks need of Jupyter itself: a check that papermill was given parameters the notebook has."""
+"""What the notebooks need of Jupyter itself: a check of the kernel, and of the parameters papermill was given."""
 
 from __future__ import annotations
 
 import ast
 import difflib
+import importlib.util
 import itertools
 
 from blip2nb.errors import RequestError
@@ -11,15 +12,19 @@ from blip2nb.errors import RequestError
 _INJECTED = "# Parameters\n"  # how papermill begins the cell it puts in
 
 
-def check_parameters() -> None:
-    """Refuse a parameter that papermill injected and the notebook does not declare.
+def check_notebook(kernel: str = "python3") -> None:
+    """Refuse a wrong kernel, and a parameter that papermill injected and the notebook does not declare.
 
     papermill accepts any name in silence, so that `-p modelname …` would run the default model. Declared is what the
     cell before the injected one assigns.
 
+    Args:
+        kernel: "python3" for the kit's own environment, "lavis" for the one with LAVIS.
+
     Raises:
-        RequestError: naming the parameter and the nearest one there is.
+        RequestError: naming the kernel to choose, or the parameter and the nearest one there is.
     """
+    _check_kernel(kernel)
     from IPython import get_ipython
 
     shell = get_ipython()
@@ -27,6 +32,17 @@ def check_parameters() -> None:
     for before, cell in itertools.pairwise(cells):
         if cell.startswith(_INJECTED):
             refuse_undeclared(assigned(before), assigned(cell))
+
+
+def _check_kernel(kernel: str) -> None:
+    here = "python3"
+    if importlib.util.find_spec("lavis") is not None:
+        here = "lavis"
+    if here != kernel:
+        raise RequestError(
+            f"This notebook needs the kernel {kernel!r} and runs in the environment of {here!r}. "
+            "Choose Kernel > Change Kernel, or give papermill -k."
+        )
 
 
 def assigned(code: str) -> list[str]:

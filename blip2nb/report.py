@@ -42,6 +42,20 @@ class Report:
 
         return verdict_html(self.content)
 
+    def figure(self, name: str, width: float = 7.0) -> Any:
+        """One of the figures (`plots.FIGURES` lists them), or a note where this report has no data for it.
+
+        Raises:
+            RequestError: there is no figure of that name.
+        """
+        from blip2nb.show import plots
+
+        if name not in plots.FIGURES:
+            raise RequestError(f"There is no figure {name!r}; there are {', '.join(plots.FIGURES)}.")
+        if name not in plots.available(self.content, self.arrays):
+            return Note(f"No {name.replace('_', ' ')}: the behaviour was not compared. {self['summary']}")
+        return plots.FIGURES[name](self.content, self.arrays, width=width)
+
     def save(self, folder: Path) -> Path:
         """Write report.json and arrays.safetensors into `folder`, each whole or not at all. Returns the former."""
         from safetensors.numpy import save_file
@@ -70,6 +84,15 @@ class Report:
             ) from error
         except (ValueError, SafetensorError, NotADirectoryError) as error:
             raise RequestError(f"{path} is damaged ({error}). Run `blip2nb verify` again.") from error
+
+
+class Note(str):
+    """A sentence that shows itself as text in a notebook."""
+
+    def _repr_html_(self) -> str:
+        import html
+
+        return f"<p><em>{html.escape(self)}</em></p>"
 
 
 def _finite(value: Any) -> Any:

@@ -44,26 +44,36 @@ def record(request, progress=None):
     """Do what a request says: build, load, run, write the tape.
 
     Args:
-        request: the request as a dict (see `blip2nb.run.kernels.prepare`).
+        request: what to do, as a dict (see `read_request`).
         progress: called with a sentence at each step.
 
     Returns:
         The tape's metadata. The tape itself lies at request["output"].
     """
     say = progress or log.info
-    started = time.time()
     say("building LAVIS's {class} for {model}".format(**request))
     model, digests = build(request)
+    return run(model, digests, request, say)
+
+
+def run(model, digests, request, progress=None):
+    """Show LAVIS's model the request's images and texts, and write what happened to request["output"].
+
+    Args:
+        model, digests: what `build` returned.
+
+    Returns:
+        The tape's metadata.
+    """
+    say = progress or log.info
+    started = time.time()
     device = torch.device(request["device"])
     model = model.to(device)
     say("running it on {} image(s)".format(len(request["images"])))
-    images = [_open_image(path) for path in request["images"]]
     processor = _eval_processor(request)
-    pixels = torch.stack([processor(image) for image in images]).to(device)
+    pixels = torch.stack([processor(_open_image(path)) for path in request["images"]]).to(device)
     if pixels.shape[-1] != request["image_size"]:
-        raise ValueError(
-            "LAVIS's processor made {} pixels, expected {}".format(pixels.shape[-1], request["image_size"])
-        )
+        raise ValueError("LAVIS's processor made {} pixels, not {}".format(pixels.shape[-1], request["image_size"]))
     with torch.no_grad(), recording(model, request["places"]) as recorded:
         model(dict(request["texts"], image=pixels[:1]))
     say("captioning")
@@ -93,6 +103,16 @@ def record(request, progress=None):
     save_tape(request["output"], recorded, metadata)
     say("wrote {}".format(request["output"]))
     return metadata
+
+
+def read_request(path):
+    """A request from its file. The images and the tape that it names relatively lie beside it."""
+    with open(path) as file:
+        request = json.load(file)
+    folder = os.path.dirname(os.path.abspath(path))
+    request["images"] = [os.path.join(folder, image) for image in request["images"]]
+    request["output"] = os.path.join(folder, request["output"])
+    return request
 
 
 def build(request):
@@ -356,12 +376,7 @@ def _sha256(tensor):
 
 def main(path):
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    with open(path) as file:
-        request = json.load(file)
-    folder = os.path.dirname(os.path.abspath(path))  # a request names the files that travel with it relative to itself
-    request["images"] = [os.path.join(folder, image) for image in request["images"]]
-    request["output"] = os.path.join(folder, request["output"])
-    record(request)
+    record(read_request(path))
 
 
 if __name__ == "__main__":

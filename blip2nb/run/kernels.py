@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from blip2nb.errors import RequestError
-from blip2nb.models import inputs
+from blip2nb.models import inputs, lavis
+from blip2nb.models.files import find_files
 from blip2nb.models.stages import stages
+from blip2nb.runs import new_run
 from blip2nb.trace.stage import places
 from blip2nb.trace.tape import Tape
-from blip2nb.variants import Variant
+from blip2nb.variants import Variant, variant
 from blip2nb.weights.mapping import Tied, entries
 from blip2nb.weights.sources import Files
 
 KERNEL = "lavis"
 _PACKAGE = Path(__file__).resolve().parent.parent
+NOTEBOOK = _PACKAGE.parent / "notebooks" / "lavis.ipynb"
 
 # What travels to where LAVIS is: the recorder, under a name that does not hide the lavis package, and its two helpers
 _FILES = {
@@ -67,7 +70,7 @@ def find_lavis(lavis_python: str | Path = "") -> Lavis | None:
     return Lavis(own, None) if own.is_file() else None
 
 
-def prepare(folder: Path, variant: Variant, files: Files, source: str, device: str = "cpu") -> Path:
+def prepare(folder: Path, model: Variant, files: Files, source: str, device: str = "cpu") -> Path:
     """Write a request for LAVIS and all it needs into `folder`; returns the request's path.
 
     The folder can be copied to the machine where LAVIS is (then mend the paths under "files" in request.json) and run
@@ -77,32 +80,32 @@ def prepare(folder: Path, variant: Variant, files: Files, source: str, device: s
     for name, path in _FILES.items():
         shutil.copyfile(path, folder / name)
     images = inputs.demo_images()
-    words = inputs.texts(variant)
+    words = inputs.texts(model)
     names = []
     for number, image in enumerate(images):
         names.append(f"image-{number}.png")
         (folder / names[-1]).write_bytes(inputs.png(image))
     request = {
-        "model": variant.name,
-        "class": variant.lavis_class,
-        "type": variant.lavis_type,
+        "model": model.name,
+        "class": model.lavis_class,
+        "type": model.lavis_type,
         "source": source,
-        "image_size": variant.image_size,
-        "prompt": variant.prompt,
-        "vision": dataclasses.asdict(variant.vision),
-        "qformer": dataclasses.asdict(variant.qformer),
-        "language": dataclasses.asdict(variant.language),
-        "language_prefix": variant.language_prefix,
+        "image_size": model.image_size,
+        "prompt": model.prompt,
+        "vision": dataclasses.asdict(model.vision),
+        "qformer": dataclasses.asdict(model.qformer),
+        "language": dataclasses.asdict(model.language),
+        "language_prefix": model.language_prefix,
         "files": {
-            "vision": str(files.vision.resolve()),
-            "language": str(files.language.resolve()),
-            "checkpoints": [str(path.resolve()) for path in files.checkpoints],
+            "vision": str(files.vision.absolute()),
+            "language": str(files.language.absolute()),
+            "checkpoints": [str(path.absolute()) for path in files.checkpoints],
         },
-        "aliases": [entry.sources[0] for entry in entries(variant) if isinstance(entry.rule, Tied)],
+        "aliases": [entry.sources[0] for entry in entries(model) if isinstance(entry.rule, Tied)],
         "images": names,
         "texts": words,
         "inputs_hash": inputs.inputs_hash(images, words),
-        "places": places(stages(variant)),
+        "places": places(stages(model)),
         "device": device,
         "output": "tape.safetensors",
     }
@@ -111,21 +114,43 @@ def prepare(folder: Path, variant: Variant, files: Files, source: str, device: s
     return path
 
 
+def open_request(
+    request: str = "",
+    model_name: str = "",
+    source: str = "",
+    run_name: str = "",
+    output_dir: str = "",
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """The request that lavis.ipynb is to carry out, ready for `blip2nb.models.lavis`.
+
+    Args:
+        request: the path of one that was prepared; else one is made for the model, and the tape goes to its run.
+    """
+    if not request:
+        run = new_run(variant(model_name).name, source, run_name, output_dir)
+        files = find_files(variant(model_name), source)
+        request = str(prepare(run.folder / "request", variant(model_name), files, source or model_name, device))
+        return {**lavis.read_request(request), "output": str(run.tape_path)}
+    return lavis.read_request(request)
+
+
 def capture(
-    variant: Variant,
+    model: Variant,
     files: Files,
     tape: Path,
-    lavis: Lavis,
+    environment: Lavis,
     source: str = "",
     device: str = "cpu",
-    notebook: Path | None = None,
+    notebook: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> Tape:
-    """Have LAVIS record a tape on a variant's files.
+    """Have LAVIS record a tape on a model's files.
 
     Args:
         tape: where to put it.
-        notebook: run this notebook on LAVIS's kernel instead of the script, and keep the executed one beside the tape.
+        notebook: where LAVIS has a kernel, run notebooks/lavis.ipynb on it instead of the script, and keep the executed
+            notebook beside the tape.
         progress: called with each sentence that the recorder says.
 
     Raises:
@@ -134,29 +159,29 @@ def capture(
     tape.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="blip2nb-") as name:
         folder = Path(name)
-        request = prepare(folder, variant, files, source, device)
-        if notebook is not None and lavis.kernel is not None:
-            run_notebook(notebook, tape.with_name("lavis.ipynb"), lavis.kernel, {"request": str(request)})
+        request = prepare(folder, model, files, source, device)
+        if notebook and environment.kernel is not None and NOTEBOOK.is_file():
+            _run_notebook(tape.with_name("lavis.ipynb"), environment.kernel, request)
         else:
-            _run_script(lavis, folder, progress or (lambda sentence: None))
+            _run_script(environment, folder, progress or (lambda sentence: None))
         made = folder / "tape.safetensors"
         if not made.is_file():
-            raise RequestError(f"{lavis.python} ended without a tape. Try it by hand: blip2nb doctor.")
+            raise RequestError(f"{environment.python} ended without a tape. Try it by hand: blip2nb doctor.")
         arriving = tape.with_name(f"{tape.name}.partial")
         shutil.copyfile(made, arriving)
         os.replace(arriving, tape)
     return Tape(tape)
 
 
-def _run_script(lavis: Lavis, folder: Path, progress: Callable[[str], None]) -> None:
-    command = [str(lavis.python), "record_lavis.py", "request.json"]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    environment.pop("PYTHONPATH", None)
+def _run_script(where: Lavis, folder: Path, progress: Callable[[str], None]) -> None:
+    command = [str(where.python), "record_lavis.py", "request.json"]
+    variables = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    variables.pop("PYTHONPATH", None)
     last: collections.deque[str] = collections.deque(maxlen=1)
     with subprocess.Popen(
         command,
         cwd=folder,
-        env=environment,
+        env=variables,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -170,22 +195,23 @@ def _run_script(lavis: Lavis, folder: Path, progress: Callable[[str], None]) -> 
     if process.returncode != 0:
         said = last[0] if last else f"exit status {process.returncode}"
         raise RequestError(
-            f"LAVIS could not record the reference: {said}. `blip2nb doctor` checks the environment at {lavis.python}."
+            f"LAVIS could not record the reference: {said}. `blip2nb doctor` checks the environment at {where.python}."
         )
 
 
-def run_notebook(notebook: Path, output: Path, kernel: str, parameters: dict[str, Any]) -> None:
-    """Execute a notebook with papermill, its messages kept quiet; a failing cell is raised."""
+def _run_notebook(output: Path, kernel: str, request: Path) -> None:
     import papermill
+    from papermill.exceptions import PapermillExecutionError
 
-    papermill.execute_notebook(
-        str(notebook),
-        str(output),
-        parameters=parameters,
-        kernel_name=kernel,
-        progress_bar=False,
-        cwd=str(notebook.parent),
-    )
+    try:
+        papermill.execute_notebook(
+            str(NOTEBOOK), str(output), parameters={"request": str(request)}, kernel_name=kernel, progress_bar=False
+        )
+    except PapermillExecutionError as error:
+        raise RequestError(
+            f"LAVIS could not record the reference: {error.ename}: {error.evalue}. "
+            f"The notebook as far as it came is {output}."
+        ) from error
 
 
 def check(python: Path, modules: Sequence[str]) -> dict[str, str | None]:

@@ -141,6 +141,7 @@ def depth_trace(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
     _title(picture, _finding(report, depth))
     _errors_over_depth(above, depth)
     _excess_over_depth(below, depth, report["threshold"], width)
+    picture.align_ylabels([above, below])
     for axes in (above, below):
         _depth_lines(axes, depth)
     _hatch(above, depth.broken, "NaN")
@@ -284,18 +285,23 @@ def _excess_over_depth(axes: Axes, depth: _Depth, threshold: float, width: float
         axes.vlines(x[where], 1, shown[where], color=colour, lw=0.7)
     _markers(axes, x, values, ~depth.wrong, "o", INK, size, decades, "excess")
     _markers(axes, x, values, depth.wrong, "D", FAULT, size * 1.25, decades, "wrong excess")
-    _fault_sizes(axes, depth, shown)
+    _fault_sizes(axes, depth, shown, width)
     _zone_words(axes, depth, threshold, width)
 
 
-def _fault_sizes(axes: Axes, depth: _Depth, shown: np.ndarray, most: int = 4) -> None:
-    """How many times its rounding, beside each fault, unless there are too many to keep apart."""
+def _fault_sizes(axes: Axes, depth: _Depth, shown: np.ndarray, width: float, most: int = 4) -> None:
+    """How many times its rounding, beside each fault, on a side where no other fault's line is crossed."""
     wrong = depth.places[depth.wrong & ~np.isnan(depth.excess)]
+    size, pitch = matplotlib.rcParams["legend.fontsize"], (width - 0.9) / len(depth.names)
     for place in wrong if len(wrong) <= most else wrong[:1]:
-        left = place > 0.85 * len(depth.names)
-        axes.annotate(_times(depth.excess[place]), (place, shown[place]), (-5 if left else 5, 0), color=FAULT,
-                      textcoords="offset points", ha="right" if left else "left", va="center", weight="bold",
-                      size=matplotlib.rcParams["legend.fontsize"])  # fmt: skip
+        words = _times(depth.excess[place])
+        reach = (_inches(words, size, "bold") + 0.1) / pitch
+        for side, ha, end in ((5, "left", place + reach), (-5, "right", place - reach)):
+            crossed = (wrong > min(place, end)) & (wrong < max(place, end)) & (wrong != place)
+            if not crossed.any() and 0 <= end < len(depth.names):
+                axes.annotate(words, (place, shown[place]), (side, 0), color=FAULT, textcoords="offset points",
+                              ha=ha, va="center", weight="bold", size=size)  # fmt: skip
+                break
 
 
 def _zone_words(axes: Axes, depth: _Depth, threshold: float, width: float) -> None:
@@ -401,14 +407,14 @@ def _divergence_words(first: Mapping[str, Any], depth: _Depth, place: int) -> st
 
 def _depth_legend(depth: _Depth) -> list[tuple[Artist, str]]:
     keys: list[tuple[Artist, str]] = [
-        (_key("o", INK), "the stage alone, fed the reference recording"),
+        (_key("o", INK), "alone, fed the reference recording"),
         (Line2D([], [], color=MUTED, lw=0.9), "drift: with all that came before"),
         (Patch(color=ROUNDING), "its own rounding"),
     ]
     if depth.junction.any():
         keys.append((_key(">", "white"), "what arrives there"))
     if depth.wrong.any():
-        keys.append((_key("D", FAULT), "more than rounding"))
+        keys.append((_key("D", FAULT), "fault"))
     return keys
 
 
@@ -644,18 +650,18 @@ def pixels(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
         for spine in axes[name].spines.values():
             spine.set(visible=True, color=HAIRLINE)
     bar = picture.colorbar(ScalarMappable(norm, colours), ax=[axes["pil"], axes["default"]], location="bottom",
-                           aspect=35, shrink=0.9, spacing="uniform", ticks=ticks)  # fmt: skip
-    bar.ax.set_xticklabels([f"{tick:+.0f}" if tick else "0" for tick in ticks])
+                           aspect=35, shrink=0.9, spacing="uniform", ticks=list(ticks))  # fmt: skip
+    bar.ax.set_xticklabels(list(ticks.values()))
     bar.ax.tick_params(length=0)
-    bar.set_label("grey levels, the largest near each dot" if wide else "grey levels, largest near")
+    bar.set_label("grey levels, the largest near each dot" if wide else "grey levels (largest nearby)")
     return picture
 
 
 _PIXEL_TITLES = {"image": "the image", "pil": "LAVIS −\nPIL processor", "default": "LAVIS −\ndefault processor"}
 
 
-def _grey_levels(reach: int) -> tuple[ListedColormap, BoundaryNorm, list[float]]:
-    """PuOr in steps that double, 1, 2–3, 4–7, …: one grey level stays in sight beside a hundred."""
+def _grey_levels(reach: int) -> tuple[ListedColormap, BoundaryNorm, dict[float, str]]:
+    """PuOr in steps that double, 1, 2–3, 4–7, …, named by where they start: one grey level shows beside a hundred."""
     steps = math.floor(math.log2(reach)) + 1
     edges = [2.0**n - 0.5 for n in range(steps + 1)]
     # The palest quarter on either side of the middle is left out: one level must not look like none.
@@ -663,8 +669,11 @@ def _grey_levels(reach: int) -> tuple[ListedColormap, BoundaryNorm, list[float]]
     picks = [*(0.5 - shades[::-1]), 0.5, *(0.5 + shades)]
     colours = ListedColormap(matplotlib.colormaps["PuOr"](picks))
     bounds = [-edge for edge in reversed(edges)] + edges
-    ticks = [2.0**n for n in range(steps)]
-    return colours, BoundaryNorm(bounds, len(picks)), [*(-tick for tick in reversed(ticks)), 0.0, *ticks]
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(bounds)]
+    starts = [str(2**n) for n in range(steps)]
+    labels = [*(f"−{start}" for start in reversed(starts)), "0", *(f"+{start}" for start in starts)]
+    ticks = dict(zip(middles, labels, strict=True))
+    return colours, BoundaryNorm(bounds, len(picks)), ticks
 
 
 def _largest_by_cell(values: np.ndarray, cells: int = 112) -> np.ndarray:
@@ -720,7 +729,7 @@ def captions(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
     title = _wrap(_captions_finding(ours, theirs), width - 0.15, "figure.titlesize", "bold")
     top = 0.14 + 1.7 * size * (title.count("\n") + 1)
     listed = 1.5 * size * sum(len(lines) + 0.5 for lines in entries)
-    height = top + listed + size * (0.9 + 1.5 * sum(note.count("\n") + 1 for note in notes))
+    height = top + listed + size * (2.4 + 1.5 * sum(note.count("\n") + 1 for note in notes))
     picture = Picture(width, height, alt_text("captions", report), layout=None)
     picture.suptitle(title, x=0.01, y=1 - 0.06 / height, ha="left", va="top")
     down = top
@@ -730,9 +739,13 @@ def captions(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
             down += 1.5 * size
         down += 0.75 * size
     down += 0.4 * size
+    keys = [_key("o", LAVIS), _key("s", TRANSFORMERS), Line2D([], [], ls="", marker="|", mec=FAULT, mew=1.2)]
+    picture.legend(keys, ["LAVIS", "transformers", "from here they part"], loc="upper left", ncols=3, borderpad=0,
+                   bbox_to_anchor=(0, 1 - down / height), handlelength=1.2, borderaxespad=0)  # fmt: skip
     for note in notes:
+        down += 1.5 * size
         picture.text(0.01, 1 - down / height, note, va="top", color=MUTED)
-        down += 1.5 * size * (note.count("\n") + 1)
+        down += 1.5 * size * note.count("\n")
     return picture
 
 
@@ -766,6 +779,7 @@ def _broken_up(number: str, marks: tuple[str, ...], words: list[str], alike: int
     used = 0.0
     for place, word in enumerate(words or ["(nothing)"]):
         same = place < alike
+        word = f"│{word}" if place == alike else word
         needed = _inches(word + " ", weight="normal" if same else "bold")
         if lines[-1] and used + needed > room:
             lines.append([])
@@ -802,7 +816,7 @@ def _captions_finding(ours: Sequence[str], theirs: Sequence[str]) -> str:
 
 
 def _caption_notes(report: Report) -> list[str]:
-    notes = ["● LAVIS   ■ transformers   bold: from where they part"]
+    notes = []
     for mode, values in (report["captions"].get("modes") or {}).items():
         equal = values.get("equal")
         if mode != "greedy" and equal:
@@ -829,12 +843,13 @@ def files(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
     """
     weights = report["weights"]
     table = weights["bytes_by_kind"]
-    picture = Picture(width, 2.9 if width >= 5 else 3.3, alt_text("files", report))
+    picture = Picture(width, 2.9 if width >= 5 else 2.8, alt_text("files", report))
     axes = picture.add_subplot()
     _title(picture, _files_finding(weights))
     total = max(sum(kinds.values()) for kinds in table.values()) or 1
     unit, word = _byte_unit(total)
-    names = sorted({kind for kinds in table.values() for kind in kinds}, key=lambda k: (k not in _KINDS, k))
+    found = {kind for kinds in table.values() for kind in kinds}
+    names = [*(kind for kind in _KINDS if kind in found), *sorted(found - set(_KINDS))]
     colours = dict(zip(names, [_KINDS.get(n, _FALLBACK[i % 3]) for i, n in enumerate(names)], strict=True))
     for y, kinds in enumerate(table.values()):
         left = 0.0
@@ -879,13 +894,13 @@ def _bar_words(kinds: Mapping[str, int]) -> str:
 
 def _account(weights: Mapping[str, Any]) -> str:
     wrong = [key for key in ("missing", "unexpected") if weights[key]]
-    lines = [f"{key.capitalize()}: {_some(list(weights[key]), 2)}." for key in wrong]
+    sentences = [f"{key.capitalize()}: {_some(list(weights[key]), 2)}." for key in wrong]
     parts = [f"{len(weights.get(key) or {})} {words}" for key, words in _NOT_WRITTEN.items()]
-    lines.append(f"Not written, by name: {', '.join(parts)}.")
-    for key, (right, wrong) in _PROOFS.items():
+    sentences.append(f"Not written, by name: {', '.join(parts)}.")
+    for key, (proven, refuted) in _PROOFS.items():
         if weights.get(key) is not None:
-            lines.append(right if weights[key] else wrong)
-    return " ".join(lines)
+            sentences.append(proven if weights[key] else refuted)
+    return " ".join(sentences)
 
 
 _PROOFS = {
@@ -950,7 +965,7 @@ def _fusion_words(two: Axes, one: Axes, query: np.ndarray, value: np.ndarray, fu
     zeros = "zeros" if not key.any() else f"not zero: {_number(np.abs(key).max())}"
     for axes, place, word in ((two, 0, "query"), (two, 1, "no key bias"), (two, 2, "value"), (one, 1, zeros)):
         colour = FAULT if word.startswith("not") else INK
-        y = 0.97 if axes is two and place != 1 else 0.6
+        y = 0.97 if axes is two and place != 1 else 0.72
         axes.text((place + 0.5) / 3, y, word, transform=axes.transAxes, ha="center", va="top", size=small, color=colour)
     same = np.array_equal(fused, np.concatenate([query, np.zeros_like(query), value]))
     exact = "bit-equal: query, zeros, value" if same else "NOT query, zeros, value"
@@ -1215,7 +1230,7 @@ def _ring(marker: str, colour: str) -> Line2D:
 def _legend(picture: Figure, keys: Sequence[tuple[Artist, str]], width: float) -> None:
     """Under the figure, in as many columns as the words leave room for."""
     size = matplotlib.rcParams["legend.fontsize"]
-    needed = [_inches(words, size) + 3.7 * size / 72 for _, words in keys]
+    needed = [_inches(words, size) + 3.65 * size / 72 for _, words in keys]
     columns = next(n for n in range(len(keys), 0, -1) if n == 1 or _across(needed, n) < width - 0.1)
     picture.legend([key for key, _ in keys], [words for _, words in keys], loc="outside lower left", ncols=columns,
                    handlelength=1.4, columnspacing=1.4, labelspacing=0.3, borderpad=0.1, borderaxespad=0.2)  # fmt: skip
@@ -1232,7 +1247,8 @@ def _across(needed: Sequence[float], columns: int) -> float:
 def _inches(text: str, size: str | float = "medium", weight: str = "normal") -> float:
     """How wide the text is drawn; a little more than its outlines, since hinting moves letters to whole dots."""
     font = font_manager.FontProperties(size=size, weight=weight)
-    return 1.02 * float(text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]) / 72
+    points: float = text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]
+    return 1.02 * points / 72
 
 
 def _title(picture: Figure, finding: str) -> None:
@@ -1244,7 +1260,7 @@ def _wrap(text: str, room: float, setting: Any = "font.size", weight: str = "nor
     """The text in lines of at most `room` inches, at a size of the style; too long a word is cut."""
     size = matplotlib.rcParams[setting]
     lines: list[str] = [""]
-    for word in text.split(" "):
+    for word in re.split(" (?![×%])", text):  # a number stays with its unit
         longer = f"{lines[-1]} {word}" if lines[-1] else word
         if _inches(longer, size, weight) <= room:
             lines[-1] = longer
