@@ -38,7 +38,7 @@ Source = Annotated[
 ]
 Output = Annotated[str, typer.Option("--output", "-o", help="Where to write; under outputs/ unless given.")]
 LavisPython = Annotated[
-    str, typer.Option(help="The python of an environment with LAVIS; found by itself if made here.")
+    str, typer.Option(help="The python of an environment with LAVIS, found by itself if made here; or none.")
 ]
 Device = Annotated[str, typer.Option(help="Where LAVIS runs: cpu, cuda, cuda:1 …")]
 
@@ -51,7 +51,7 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except TyperException as error:
-        error.show()
+        error.show()  # type: ignore[attr-defined]
         sys.exit(RequestError.exit_status)
     except Blip2nbError as error:
         print(f"blip2nb: {error}", file=sys.stderr)
@@ -86,7 +86,7 @@ def variants(as_json: Json = False) -> None:
     from blip2nb.variants import VARIANTS
     from blip2nb.weights.mapping import parameter_count
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "model": one.name,
             "lavis": f"{one.lavis_class}, {one.lavis_type}",
@@ -113,7 +113,7 @@ def keys(model: Model, as_json: Json = False) -> None:
     from blip2nb.variants import variant
     from blip2nb.weights.mapping import entries
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"source": list(entry.sources), "target": entry.target, "rule": entry.kind, "shape": list(entry.shape)}
         for entry in entries(variant(model))
     ]

@@ -28,12 +28,12 @@ try:
     from blip2nb.trace.tape import attributes, recording, save_tape
     from blip2nb.weights.hashing import combine, digest, digest_as
 except ImportError:  # copied to where LAVIS is
-    from hashing import combine, digest, digest_as
-    from tape import attributes, recording, save_tape
+    from hashing import combine, digest, digest_as  # type: ignore[no-redef]
+    from tape import attributes, recording, save_tape  # type: ignore[no-redef]
 
 log = logging.getLogger("blip2nb.lavis")
 
-CAPTION_MODES = {
+CAPTION_MODES: dict = {
     "greedy": {"num_beams": 1},
     "beams": {"num_beams": 5, "length_penalty": 0.0},
     "default": {},

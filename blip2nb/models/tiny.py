@@ -258,7 +258,7 @@ def _noise(seed: str, shape: tuple[int, ...], std: float) -> np.ndarray:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         x = x ^ (x >> np.uint64(31))
-    total = sum((x >> np.uint64(shift)) & np.uint64(0xFFFF) for shift in (0, 16, 32, 48))
+    total = np.sum([(x >> np.uint64(shift)) & np.uint64(0xFFFF) for shift in (0, 16, 32, 48)], axis=0)
     centred = total.astype(np.int64) - 2 * 0xFFFF
     unit = np.float32(std / (0x10000 / 3**0.5))
     return (centred.astype(np.float32) * unit).reshape(shape)
@@ -302,7 +302,7 @@ def _write_language(variant: Variant, form: Form, tensors: Mapping[str, torch.Te
     if form.shards == 1:
         save(hub, folder / f"{stem}.{ending}")
     else:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         size = -(-len(names) // form.shards)
         for number in range(form.shards):
             part = names[number * size : (number + 1) * size]

@@ -16,7 +16,7 @@ from blip2nb.errors import RequestError
 from blip2nb.models import huggingface
 from blip2nb.models.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
 from blip2nb.report import Report
-from blip2nb.trace.compare import Comparison, compare
+from blip2nb.trace.comparison import Comparison, compare
 from blip2nb.trace.diagnose import AttributeDifference, attribute_differences, repaired
 from blip2nb.trace.metrics import compare_logits, kl_per_position
 from blip2nb.variants import Variant, variant
@@ -447,7 +447,7 @@ def _answer(verdict: str, causes: list[str], summary: str) -> dict[str, Any]:
 
 
 def _faulty(stage: Mapping[str, Any], threshold: float) -> bool:
-    from blip2nb.trace.compare import ARRIVAL_TOLERANCE
+    from blip2nb.trace.comparison import ARRIVAL_TOLERANCE
 
     arrival, excess = stage["arrival_error"], stage["excess"]
     return (arrival is not None and not arrival <= ARRIVAL_TOLERANCE) or (

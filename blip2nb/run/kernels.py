@@ -46,11 +46,14 @@ class Lavis:
 
 def find_lavis(lavis_python: str | Path = "") -> Lavis | None:
     """The LAVIS environment to use: the one given, $BLIP2NB_LAVIS_PYTHON, the Jupyter kernel `lavis`, or .venv-lavis.
+    "none" does without, even where there is one.
 
     Raises:
         RequestError: the one given does not exist.
     """
     given = str(lavis_python or os.environ.get("BLIP2NB_LAVIS_PYTHON", ""))
+    if given == "none":
+        return None
     if given:
         path = Path(given).expanduser()
         if not path.is_file():

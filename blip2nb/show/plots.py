@@ -107,7 +107,7 @@ def _style(width: float) -> contextlib.AbstractContextManager[None]:
 
 
 def _styled(draw: Draw) -> Draw:
-    """Runs a figure's function in the style, and gives its picture the alt text."""
+    """Runs a figure's function in the style."""
 
     @functools.wraps(draw)
     def styled(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
@@ -611,7 +611,7 @@ def _flip_risk(axes: Axes, arrays: Arrays, flips: np.ndarray) -> None:
     _log_axis(axes, "x", across)
     edge = np.array([10.0 ** (across[0] - 1), 10.0 ** (across[1] + 1)])
     axes.fill_between(edge, edge / 2, 10.0 ** (LOGIT_DECADES[1] + 1), color=FAULT, alpha=0.12, linewidth=0)
-    axes.plot(edge, edge / 2, color=FAULT, lw=0.9)
+    axes.plot(edge, edge / 2, color=FAULT, lw=0.9, label="margin ÷ 2")
     x = np.clip(margin, 10.0 ** across[0], 10.0 ** across[1])
     size = 3.5
     _markers(axes, x, difference, ~flips, "o", INK, size, LOGIT_DECADES, "positions")
@@ -731,20 +731,25 @@ def captions(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
     listed = 1.5 * size * sum(len(lines) + 0.5 for lines in entries)
     height = top + listed + size * (2.4 + 1.5 * sum(note.count("\n") + 1 for note in notes))
     picture = Picture(width, height, alt_text("captions", report), layout=None)
+    page = picture.add_axes((0, 0, 1, 1))  # in inches from the top left: a page, not a plot
+    page.set(xlim=(0, width), ylim=(height, 0))
+    page.set_axis_off()
     picture.suptitle(title, x=0.01, y=1 - 0.06 / height, ha="left", va="top")
     down = top
     for lines in entries:
         for line in lines:
-            _caption_line(picture, line, down, size)
+            _caption_line(page, line, down, size)
             down += 1.5 * size
         down += 0.75 * size
     down += 0.4 * size
-    keys = [_key("o", LAVIS), _key("s", TRANSFORMERS), Line2D([], [], ls="", marker="|", mec=FAULT, mew=1.2)]
-    picture.legend(keys, ["LAVIS", "transformers", "from here they part"], loc="upper left", ncols=3, borderpad=0,
-                   bbox_to_anchor=(0, 1 - down / height), handlelength=1.2, borderaxespad=0)  # fmt: skip
+    keys = {"LAVIS": _key("o", LAVIS), "transformers": _key("s", TRANSFORMERS)}
+    if list(ours) != list(theirs):
+        keys["from here they part"] = Line2D([], [], ls="", marker="|", mec=FAULT, mew=1.2)
+    page.legend(list(keys.values()), list(keys), loc="upper left", ncols=3, borderpad=0,
+                bbox_to_anchor=(0, 1 - down / height), handlelength=1.2, borderaxespad=0)  # fmt: skip
     for note in notes:
         down += 1.5 * size
-        picture.text(0.01, 1 - down / height, note, va="top", color=MUTED)
+        page.text(0.01 * width, down, note, va="top", color=MUTED)
         down += 1.5 * size * note.count("\n")
     return picture
 
@@ -791,20 +796,17 @@ def _broken_up(number: str, marks: tuple[str, ...], words: list[str], alike: int
     return [_Line(number if n == 0 else "", marks if n == 0 else (), pieces) for n, pieces in enumerate(merged)]
 
 
-def _caption_line(picture: Figure, line: _Line, down: float, size: float) -> None:
-    width, height = picture.get_size_inches()
-    y = 1 - down / height
-    picture.text((0.1 + 1.6 * size) / width, y, line.number, ha="right", va="top", color=MUTED)
+def _caption_line(page: Axes, line: _Line, down: float, size: float) -> None:
+    baseline = down + 0.95 * size
+    page.text(0.1 + 1.6 * size, baseline, line.number, ha="right", color=MUTED)
     for mark in line.marks:
-        x = 0.1 + (2.6 if mark == "o" else 3.6) * size
         key = _key("o", LAVIS) if mark == "o" else _key("s", TRANSFORMERS)
-        key.set_data([x / width], [1 - (down + 0.55 * size) / height])
-        key.set(transform=picture.transFigure, figure=picture, markersize=5)
-        picture.add_artist(key)
+        key.set(xdata=[0.1 + (2.6 if mark == "o" else 3.6) * size], ydata=[down + 0.58 * size], markersize=5)
+        page.add_line(key)
     x = 0.1 + 4.6 * size
     for text, same in line.pieces:
         weight = "normal" if same else "bold"
-        picture.text(x / width, y, text, va="top", weight=weight, color=INK if same else FAULT)
+        page.text(x, baseline, text, weight=weight, color=INK if same else FAULT)
         x += _inches(text + " ", weight=weight)
 
 
@@ -889,7 +891,7 @@ def _files_finding(weights: Mapping[str, Any]) -> str:
 def _bar_words(kinds: Mapping[str, int]) -> str:
     total = sum(kinds.values())
     fused = kinds.get("FuseQueryValueBias", 0)
-    return _bytes(total) + (f", of it fused {_bytes(fused)}" if fused else "")
+    return _bytes(total) + (f", {_bytes(fused)} of it fused" if fused else "")
 
 
 def _account(weights: Mapping[str, Any]) -> str:
@@ -931,7 +933,7 @@ def fusion(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
     query, value, fused = (np.asarray(arrays[f"fusion/{name}"], dtype=float) for name in ("query", "value", "fused"))
     third = len(query)
     parts = [(query, 0), (np.zeros(0), 1), (value, 2)]
-    reach = 1.25 * max(np.abs(np.concatenate([query, value, fused])).max(initial=0), 1e-12)
+    reach = 1.45 * max(np.abs(np.concatenate([query, value, fused])).max(initial=0), 1e-12)
     fused_parts = [(piece, place) for place, piece in enumerate(np.split(fused, 3))]
     for axis, pieces in ((axes["two"], parts), (axes["one"], fused_parts)):
         for values, place in pieces:
@@ -1182,7 +1184,7 @@ def _log_axis(
 
 def _zero_place(decades: tuple[float, float]) -> float:
     """Where on a log axis exact zeros are drawn: below everything."""
-    return 10.0 ** (decades[0] - 0.105 * (decades[1] - decades[0]))
+    return math.pow(10, decades[0] - 0.105 * (decades[1] - decades[0]))
 
 
 def _shown(values: np.ndarray, decades: tuple[float, float]) -> np.ndarray:
@@ -1218,9 +1220,10 @@ def _markers(
 
 
 def _key(marker: str, colour: str) -> Line2D:
-    """A marker as the legend shows it; a white one is hollow."""
-    edge = INK if colour == "white" else colour
-    return Line2D([], [], ls="", marker=marker, mfc=colour, mec=edge, mew=0.8 if colour == "white" else 0.3, ms=4.5)
+    """A marker as the legend shows it; a white one is hollow. In grey a fault is paler than ink: hence its outline."""
+    outlined = colour in ("white", FAULT)
+    edge, width = (INK, 0.8) if outlined else (colour, 0.3)
+    return Line2D([], [], ls="", marker=marker, mfc=colour, mec=edge, mew=width, ms=4.5)
 
 
 def _ring(marker: str, colour: str) -> Line2D:

@@ -16,7 +16,7 @@ def __getattr__(name: str):
     if name in ("Comparison", "compare"):
         import importlib
 
-        return getattr(importlib.import_module("blip2nb.trace.compare"), name)
+        return getattr(importlib.import_module("blip2nb.trace.comparison"), name)
     if name == "Tape":
         from blip2nb.trace.tape import Tape
 

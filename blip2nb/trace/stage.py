@@ -54,7 +54,7 @@ class Stage:
 
 def places(stages: Iterable[Stage]) -> list[str]:
     """Everything a reference must record for these stages, without repetition, in order."""
-    wanted = {}
+    wanted: dict[str, None] = {}
     for stage in stages:
         for argument in stage.inputs:
             wanted[stage.source(argument)] = None

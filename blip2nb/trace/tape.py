@@ -49,14 +49,14 @@ def recording(model, places):
         AttributeError: the model has no such module.
         TypeError: the module's forward has no such argument.
     """
-    wanted = {}
+    wanted = {}  # type: dict
     for place in places:
         path, argument = split_place(place)
         wanted.setdefault(path, set()).add(argument)
-    by_module = {}
+    by_module = {}  # type: dict
     for path, arguments in wanted.items():
         by_module.setdefault(model.get_submodule(path), []).append((path, arguments))
-    out = {}
+    out = {}  # type: dict
     wrapped = []
     try:
         for module, named in by_module.items():
@@ -116,7 +116,8 @@ def save_tape(path, tensors, metadata):
         tensors: name -> tensor.
         metadata: anything JSON can hold; `load_tape` gives it back.
     """
-    stored, aliases, seen = {}, {}, {}
+    stored, aliases = {}, {}
+    seen = {}  # type: dict
     for name, tensor in tensors.items():
         key = (tensor.dtype, tuple(tensor.shape), tensor.flatten().view(torch.uint8).numpy().tobytes())
         if key in seen:

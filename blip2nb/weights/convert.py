@@ -136,7 +136,7 @@ def _target(entry: Entry, source: Source, slot: Slot, parameters: dict[str, str]
             )
         parameters[name] = digest(tensor)
         read.append(tensor)
-    tensor = entry.rule.forward(*read)  # type: ignore[union-attr]
+    tensor = entry.rule.forward(*read)
     if DTYPE_NAMES[tensor.dtype] == slot.dtype:
         return tensor
     cast = tensor.to(DTYPES[slot.dtype])
@@ -175,7 +175,7 @@ def inverse_tensors(model: Path, plan: Plan) -> Iterator[tuple[str, torch.Tensor
     """
     saved = open_folder(model)
     for entry in plan.written:
-        back = entry.rule.inverse(saved.tensor(str(entry.target)))  # type: ignore[union-attr]
+        back = entry.rule.inverse(saved.tensor(str(entry.target)))
         yield from zip(entry.sources, back, strict=True)
 
 

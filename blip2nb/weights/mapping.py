@@ -237,7 +237,7 @@ class Entry:
     `target` is None for a dropped tensor. `shape` is the target's, or the dropped tensor's own.
     """
 
-    rule: Rule
+    rule: Any  # one of `Rule`: which methods it has, `kind` says
     sources: tuple[str, ...]
     target: str | None
     shape: tuple[int, ...]

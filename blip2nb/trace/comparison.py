@@ -16,7 +16,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -30,7 +30,7 @@ THRESHOLD = 3.0
 ARRIVAL_TOLERANCE = 1e-6
 """Between stages at most one float32 addition happens (2⁻²⁴ relative, 6e-8); an arrival error above this is a fault."""
 
-Inputs = Mapping[str, Any] | Sequence[Any] | torch.Tensor
+Inputs: TypeAlias = Mapping[str, Any] | Sequence[Any] | torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,60 @@
+# Everything a fresh machine needs is Python 3.10 or newer (3.11 is what is tested) and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+LAVIS_BIN := .venv-lavis/bin
+MODEL ?= tiny-blip2-opt-2.7b
+
+.PHONY: help demo test lint lab setup lavis tapes picture clean
+
+help:  ## what can be made
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+demo: setup  ## convert a twin, prove it, show the verdict (needs no LAVIS)
+	@mkdir -p outputs
+	@$(BIN)/papermill notebooks/convert.ipynb outputs/$(MODEL).ipynb -p model_name $(MODEL) --log-level WARNING
+	@echo
+	@$(BIN)/blip2nb show $(MODEL)
+	@echo "  notebook  outputs/$(MODEL).ipynb"
+
+test: setup .venv/dev.done lavis lint  ## everything, LAVIS itself included
+	$(BIN)/python -m pytest
+
+lint: .venv/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+lab: setup  ## JupyterLab on the notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/convert.ipynb
+
+setup: .venv/main.done  ## the main environment (.venv)
+
+lavis: .venv-lavis/lavis.done  ## the LAVIS environment (.venv-lavis) and its Jupyter kernel
+
+tapes: setup lavis  ## record the twins' reference recordings again, with LAVIS itself
+	for twin in $$($(BIN)/python -c "from blip2nb.variants import TWINS; print(*TWINS)"); do \
+		$(BIN)/blip2nb capture $$twin --output blip2nb/tapes/$$twin.safetensors || exit; done
+
+picture: demo  ## the picture in the README
+	cp outputs/$(MODEL)/figures/depth_trace.png docs/depth_trace.png
+
+clean:  ## remove the environments and everything in outputs/
+	rm -rf .venv .venv-lavis $(filter-out outputs/README.md,$(wildcard outputs/*))
+
+.venv/main.done: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.version_info >= (3, 10) or sys.exit('Python 3.10 or newer is needed, found ' + sys.version.split()[0] + '. Say which with: make PYTHON=python3.11')"
+	@echo "Making .venv: PyTorch, transformers and JupyterLab. About 3 GB to download, 6 GB on disk, 2 to 10 minutes."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q -c constraints.txt -e .
+	@touch $@
+
+.venv/dev.done: .venv/main.done
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.venv-lavis/lavis.done: requirements-lavis.txt constraints-lavis.txt .venv/main.done
+	@echo "Making .venv-lavis: LAVIS with the old transformers it needs. About 3 GB to download, 7 GB on disk, 2 to 10 minutes."
+	@test -x $(LAVIS_BIN)/python || $(PYTHON) -m venv .venv-lavis
+	@$(LAVIS_BIN)/python -m pip install -q -c constraints-lavis.txt -r requirements-lavis.txt
+	@$(LAVIS_BIN)/python -m pip install -q --no-deps -e .
+	@$(LAVIS_BIN)/python -m ipykernel install --prefix .venv --name lavis --display-name "LAVIS (blip2nb)" 2>/dev/null >/dev/null
+	@touch $@

@@ -1,0 +1,110 @@
+"""What the tests share: the kit's cache in a folder of its own, twins converted once, and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from safetensors.torch import load_file, save_file
+
+from blip2nb import api, cli
+from blip2nb.models.files import own_files
+from blip2nb.runs import Run
+from blip2nb.variants import variant
+
+settings.register_profile(
+    "kit", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("kit")
+
+_BAR = re.compile(r"\d+%\||^(verify|LAVIS): \d\d:\d\d")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a command ended with and said."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> list[str]:
+        """The lines on stderr that are not a progress bar."""
+        return [line for line in re.split(r"[\r\n]+", self.err) if line.strip() and not _BAR.search(line)]
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Time of change and content of everything under a folder, hidden files too."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    """Change the tensors of a .pth, .bin or .safetensors file in place."""
+    if path.suffix == ".safetensors":
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        content = torch.load(path, weights_only=True)
+        change(content["model"] if "model" in content else content)
+        torch.save(content, path)
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLIP2NB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory, _cache: None) -> Callable[[str], Run]:
+    """The run of a twin, converted once. Not to be changed: see `model_copy`."""
+    folder = tmp_path_factory.mktemp("converted")
+    return functools.cache(lambda name: api.convert(name, output=folder / name / "model"))
+
+
+@pytest.fixture
+def source_copy(tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a twin's own files, in the released layout, to be changed."""
+    return lambda name: Path(shutil.copytree(own_files(variant(name)).vision.parent, tmp_path / "source" / name))
+
+
+@pytest.fixture
+def model_copy(tmp_path: Path, converted: Callable[[str], Run]) -> Callable[[str], Run]:
+    """A copy of a converted twin, to be changed."""
+
+    def copy(name: str) -> Run:
+        folder = tmp_path / "run"
+        shutil.copytree(converted(name).model, folder / "model")
+        return Run(folder, folder / "model")
+
+    return copy
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """The command line, in this process: `command("convert", name, "--output", folder)`."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["blip2nb", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capfd.readouterr()
+        return Outcome(int(ended.value.code or 0), said.out, said.err)
+
+    return run

@@ -1,0 +1,78 @@
+"""What sets a machine up is one thing said in several places: this holds them equal."""
+
+import importlib.metadata
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+
+
+def conda(name):
+    content = yaml.safe_load((ROOT / name).read_text())
+    (pip,) = [entry["pip"] for entry in content["dependencies"] if isinstance(entry, dict)]
+    plain = [entry for entry in content["dependencies"] if isinstance(entry, str)]
+    return plain, pip
+
+
+def pinned(name):
+    lines = (ROOT / name).read_text().splitlines()
+    pairs = (line.split("==") for line in lines if "==" in line)
+    return {name.lower().replace("_", "-"): version for name, version in pairs}
+
+
+def test_conda_and_pip_install_the_same():
+    makefile = (ROOT / "Makefile").read_text()
+    for name, wanted in (
+        ("environment.yml", ["-c constraints.txt", "-e ."]),
+        ("environment-lavis.yml", ["-c constraints-lavis.txt", "-r requirements-lavis.txt"]),
+    ):
+        plain, pip = conda(name)
+        assert plain == ["python=3.11", "pip"]
+        assert pip == wanted
+        assert f"pip install -q {' '.join(pip)}\n" in makefile
+
+
+def test_the_tested_versions_are_the_installed_ones_and_above_the_floors():
+    pins = pinned("constraints.txt")
+    requirements = importlib.metadata.requires("blip2nb")
+    assert len(requirements) > 10
+    for requirement in requirements:
+        name, floor = re.match(r"([\w-]+)(?:>=([\d.]+))?", requirement).groups()
+        installed = importlib.metadata.version(name)
+        pin = pins[name.lower().replace("_", "-")]
+        assert pin == installed, f"{name}: constraints.txt says {pin}"
+        if floor:
+            assert [int(part) for part in floor.split(".")] <= [int(part) for part in installed.split(".")[:2]]
+
+
+def test_lavis_is_pinned_as_published():
+    assert pinned("constraints-lavis.txt")["salesforce-lavis"] == "1.0.2"
+    assert "salesforce-lavis==1.0.2" in (ROOT / "requirements-lavis.txt").read_text()
+    assert int(pinned("constraints-lavis.txt")["numpy"].split(".")[0]) < 2
+
+
+@pytest.mark.lavis
+def test_lavis_is_unmodified():
+    """Every file of the installed package is byte for byte what its wheel's record says."""
+    code = (
+        "import importlib.metadata as m, hashlib, base64\n"
+        "bad = [str(f) for f in m.files('salesforce-lavis') if f.hash and base64.urlsafe_b64encode(hashlib.new(f.hash.mode,"
+        " f.locate().read_bytes()).digest()).rstrip(b'=').decode() != f.hash.value]\n"
+        "print(len(m.files('salesforce-lavis')), bad)"
+    )
+    python = ROOT / ".venv-lavis" / "bin" / "python"
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True)
+    count, bad = done.stdout.split(" ", 1)
+    assert int(count) > 200
+    assert bad.strip() == "[]"
+
+
+def test_the_makefile_runs_what_ci_runs():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("demo", "test", "lab", "lavis"):
+        assert re.search(rf"^{target}\s", listed, re.MULTILINE)

@@ -1,0 +1,140 @@
+"""Against LAVIS itself, live, in its own environment: all seven twins, from their files to the verdict."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import blip2nb
+from blip2nb import errors
+from blip2nb.api import SHIPPED_TAPES
+from blip2nb.models.files import own_files
+from blip2nb.models.stages import module_pairs, stages
+from blip2nb.run import kernels
+from blip2nb.trace.stage import places
+from blip2nb.trace.tape import Tape
+from blip2nb.variants import TWINS, variant
+
+pytestmark = pytest.mark.lavis
+
+
+@pytest.fixture(scope="session")
+def lavis():
+    found = kernels.find_lavis()
+    assert found is not None, "run `make lavis` first: these tests need LAVIS itself"
+    return found
+
+
+@pytest.fixture(scope="session")
+def live_tapes(tmp_path_factory, lavis):
+    """One recording per twin, made now. LAVIS takes most of the time to import, so it does all of them in one go."""
+    folder = tmp_path_factory.mktemp("live")
+    requests = []
+    for name in TWINS:
+        model = variant(name)
+        requests.append(str(kernels.prepare(folder / name, model, own_files(model), "twin")))
+    code = "import sys, record_lavis\nfor path in sys.argv[1:]: record_lavis.record(record_lavis.read_request(path))"
+    subprocess.run(
+        [str(lavis.python), "-W", "ignore", "-c", code, *requests], cwd=folder / TWINS[0], check=True, capture_output=True
+    )
+    return {name: Tape(folder / name / "tape.safetensors") for name in TWINS}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_twin_is_explained_by_one_cause_against_a_live_recording(name, live_tapes, tmp_path):
+    run = blip2nb.convert(name, output=tmp_path / "model")
+    report = blip2nb.verify(run, tape=live_tapes[name].path, figures=False).content
+    assert report["verdict"] == "explained"
+    assert report["causes"] == ["post_layernorm_eps"]
+    assert report["first_divergence"]["stage"] == "vision.post_layernorm"
+    assert "eps" in report["first_divergence"]["cause"]
+    fixed = [stage["fixed"]["excess"] for stage in report["stages"] if stage["fixed"]["excess"] is not None]
+    assert len(fixed) == sum(not stage["junction"] for stage in report["stages"])
+    assert all(0.5 < excess < 2 for excess in fixed)
+    assert report["logits"]["fixed"]["relative"] < 2e-5
+    assert report["logits"]["fixed"]["relative"] < report["logits"]["relative"]
+    assert report["pixel_values"]["equal"]
+    assert report["pixel_values"]["default"]["max_abs"] > 0
+    assert report["captions"]["equal"]
+    assert report["weights"]["roundtrip"] is True
+    assert report["weights"]["modules_equal"] is True
+    assert report["weights"]["modules_checked"] == len(live_tapes[name].metadata["parameters"])
+    assert json.loads((run.folder / "report.json").read_text())["verdict"] == "explained"
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_the_shipped_recording_is_what_lavis_does_today(name, live_tapes):
+    shipped, live = Tape(SHIPPED_TAPES / f"{name}.safetensors"), live_tapes[name]
+    assert Path(shipped.path).stat().st_size < 3e6
+    for what in ("model", "parameters", "weights_hash", "inputs_hash", "texts", "prompt", "attributes", "pixels_sha256"):
+        assert shipped.metadata[what] == live.metadata[what], what
+    for mode in ("greedy", "beams", "default"):
+        assert shipped.metadata["captions"][mode] == live.metadata["captions"][mode]
+    assert shipped.names() == live.names()
+    for place in shipped.names():
+        recorded, now = shipped[place], live[place]
+        assert recorded.dtype == now.dtype
+        if recorded.is_floating_point():
+            # another processor may round otherwise; the errors of all layers add up to this
+            assert (recorded.double() - now.double()).norm() <= 1e-5 * now.double().norm(), place
+        else:
+            assert torch.equal(recorded, now), place
+    versions = shipped.metadata["versions"]
+    assert versions["salesforce-lavis"] == "1.0.2"
+    assert set(versions) == {"salesforce-lavis", "torch", "transformers", "python"}
+
+
+def test_the_shipped_recordings_fit_their_budget():
+    assert sum(path.stat().st_size for path in SHIPPED_TAPES.glob("*.safetensors")) < 15e6
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_twin_is_alive(name, live_tapes):
+    """Its eps shows, and its captions end: a twin that did neither would prove little."""
+    tape = live_tapes[name]
+    assert tape["ln_vision:x"].var(-1).max() <= 1
+    captions = tape.metadata["captions"]
+    ids = captions["greedy"]["ids"] + captions["beams"]["ids"]
+    assert sum(len(one) < 30 for one in ids) >= len(ids) / 3
+    assert len(set(captions["greedy"]["text"])) > 1
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_every_parameter_of_lavis_is_paired_with_one_of_transformers(name, live_tapes):
+    from blip2nb.models.stages import parameter_pairs
+
+    pairs = parameter_pairs(variant(name))
+    parameters = live_tapes[name].metadata["parameters"]
+    assert set(parameters) <= set(pairs)
+    targets = [pairs[parameter] for parameter in parameters]
+    assert len({(target, str(rows)) for target, rows in targets}) == len(targets)
+    assert all(place in live_tapes[name] for place in places(stages(variant(name))))
+    assert len(module_pairs(variant(name))) > 50
+
+
+def test_a_persons_own_environment_serves_as_well(lavis, tmp_path):
+    tape = blip2nb.capture("tiny-blip2-flan-t5-xl", output=tmp_path / "tape.safetensors", lavis_python=lavis.python)
+    assert tape.metadata["model"] == "tiny-blip2-flan-t5-xl"
+    assert tape.metadata["weights_hash"] == Tape(SHIPPED_TAPES / "tiny-blip2-flan-t5-xl.safetensors").metadata["weights_hash"]
+
+
+def test_the_recorder_runs_from_its_own_folder_without_the_kit(lavis, tmp_path):
+    """The folder of a request is all that has to travel to where a model was trained."""
+    model = variant("tiny-blip2-opt-2.7b")
+    kernels.prepare(tmp_path, model, own_files(model), "twin")
+    code = (
+        "import sys; sys.modules['blip2nb'] = None\n"  # as where the kit is not installed
+        "import record_lavis; record_lavis.main('request.json')"
+    )
+    done = subprocess.run([str(lavis.python), "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert Tape(tmp_path / "tape.safetensors").metadata["model"] == model.name
+
+
+def test_what_lavis_cannot_do_is_said_in_one_sentence(lavis, tmp_path):
+    files = own_files(variant("tiny-blip2-opt-2.7b"))
+    with pytest.raises(errors.RequestError, match="LAVIS could not record the reference"):
+        kernels.capture(variant("tiny-blip2-opt-6.7b"), files, tmp_path / "tape.safetensors", lavis)
+    assert not list(tmp_path.glob("*.safetensors*"))

@@ -1,0 +1,161 @@
+"""Every notebook, through the real papermill and real kernels, as people type it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+
+from blip2nb.models.files import own_files
+from blip2nb.notebook import assigned, refuse_undeclared
+from blip2nb.variants import variant
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAPERMILL = [str(Path(sys.executable).parent / "papermill")]
+
+
+def papermill(*arguments, cwd, environment=None):
+    return subprocess.run(
+        [*PAPERMILL, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def executed(path):
+    """All the text that an executed notebook shows, and the number of its pictures."""
+    text, pictures = [], 0
+    for cell in nbformat.read(path, 4).cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            pictures += "image/png" in data
+            text.append(output.get("text", "") or data.get("text/plain", "") or "\n".join(output.get("traceback", [])))
+    return "\n".join(text), pictures
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_committed_clean_and_has_one_cell_of_parameters(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    assert code.index(tagged[0]) == 0
+    lines = tagged[0].source.strip().splitlines()
+    assert all(": " in line and " = " in line and "  # " in line for line in lines), "annotated scalars, a comment each"
+    assert notebook.metadata.kernelspec.name == ("lavis" if path.stem == "lavis" else "python3")
+    assert notebook.cells[0].source.startswith("# ")
+    assert sum(cell.source.startswith("# ") for cell in notebook.cells if cell.cell_type == "markdown") == 1
+    assert code[-1].source.startswith("assert ")
+    assert "check_notebook" in code[1].source
+    prose = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+    assert len(prose) >= len(code) - 3
+    assert sorted(len(cell.source.splitlines()) for cell in code)[len(code) // 2] <= 7
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_papermill_lists_each_parameter_with_its_comment(path):
+    shown = papermill("--help-notebook", path, cwd=ROOT)
+    assert shown.returncode == 0
+    tagged = next(cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", []))
+    for name in assigned(tagged.source):
+        assert f"  {name}: " in shown.stdout
+    assert "which model" in shown.stdout
+
+
+@pytest.mark.parametrize(("model", "start"), [("tiny-blip2-opt-2.7b", "notebooks"), ("tiny-blip2-flan-t5-xl", ".")])
+def test_convert_runs_twice_in_a_row_from_either_folder(model, start, tmp_path):
+    notebook = Path("convert.ipynb") if start == "notebooks" else Path("notebooks/convert.ipynb")
+    parameters = ["-p", "model_name", model, "-p", "output_dir", tmp_path]
+    first = papermill(notebook, tmp_path / "first.ipynb", *parameters, cwd=ROOT / start)
+    assert first.returncode == 0, first.stderr[-1500:]
+    text, pictures = executed(tmp_path / "first.ipynb")
+    assert f"{model}: explained" in text
+    assert pictures == 7
+    run = tmp_path / model
+    report = json.loads((run / "report.json").read_text())
+    assert report["verdict"] == "explained"
+    assert {path.suffix for path in (run / "figures").iterdir()} == {".png", ".svg"}
+    written = (run / "model" / "model.safetensors").stat().st_mtime_ns
+
+    second = papermill(notebook, *parameters, cwd=ROOT / start)  # no output path: the notebook goes to standard output
+    assert second.returncode == 0, second.stderr[-1500:]
+    assert any("explained" in str(cell.get("outputs")) for cell in nbformat.reads(second.stdout, 4).cells)
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == written, "the same conversion is not done twice"
+
+
+def test_a_misspelt_parameter_is_refused_before_anything_runs(tmp_path):
+    done = papermill("convert.ipynb", tmp_path / "out.ipynb", "-p", "modelname", "x", cwd=ROOT / "notebooks")
+    assert done.returncode != 0
+    assert "no parameter 'modelname'. Did you mean 'model_name'?" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_wrong_kernel_is_said_in_one_sentence(tmp_path):
+    done = papermill("lavis.ipynb", tmp_path / "out.ipynb", "-k", "python3", cwd=ROOT / "notebooks")
+    assert done.returncode != 0
+    assert "needs the kernel 'lavis'" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def own_checkpoint(tmp_path_factory):
+    """Weights that no shipped recording fits: a twin's, with one tensor changed as by training."""
+    folder = tmp_path_factory.mktemp("own") / "files"
+    model = variant("tiny-blip2-opt-2.7b")
+    shutil.copytree(own_files(model).vision.parent, folder)
+    checkpoint = torch.load(folder / model.checkpoint, weights_only=True)
+    checkpoint["model"]["query_tokens"] += 0.5
+    torch.save(checkpoint, folder / model.checkpoint)
+    return folder
+
+
+def test_without_lavis_and_a_fitting_recording_the_weights_alone_are_proven(own_checkpoint, tmp_path):
+    done = papermill(
+        "convert.ipynb", tmp_path / "out.ipynb", "-p", "source", own_checkpoint, "-p", "output_dir", tmp_path,
+        "-p", "lavis_python", "none", cwd=ROOT / "notebooks",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-1500:]
+    text, pictures = executed(tmp_path / "out.ipynb")
+    assert "weights_only" in text
+    assert "blip2nb capture tiny-blip2-opt-2.7b" in text
+    assert pictures == 1
+
+
+@pytest.mark.lavis
+def test_convert_runs_lavis_by_itself_where_no_recording_fits(own_checkpoint, tmp_path):
+    done = papermill(
+        "notebooks/convert.ipynb", tmp_path / "out.ipynb", "-p", "source", own_checkpoint, "-p", "output_dir", tmp_path,
+        "-p", "run_name", "mine", "-p", "proof", "both", cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert json.loads((tmp_path / "mine" / "report.json").read_text())["verdict"] == "explained"
+    inner = nbformat.read(tmp_path / "mine" / "lavis.ipynb", 4)
+    assert inner.metadata.kernelspec.name == "lavis"
+    assert all(cell.execution_count for cell in inner.cells if cell.cell_type == "code")
+
+
+@pytest.mark.lavis
+@pytest.mark.parametrize("start", ["notebooks", "."])
+def test_lavis_notebook_runs_by_hand_from_either_folder(start, tmp_path):
+    notebook = Path("lavis.ipynb") if start == "notebooks" else Path("notebooks/lavis.ipynb")
+    for name in ("first", "second"):
+        done = papermill(notebook, tmp_path / f"{name}.ipynb", "-p", "output_dir", tmp_path, cwd=ROOT / start)
+        assert done.returncode == 0, done.stderr[-1500:]
+    assert (tmp_path / "tiny-blip2-opt-2.7b" / "tape.safetensors").is_file()
+
+
+def test_undeclared_names_are_found_in_a_cell():
+    assert assigned("a: int = 1  # one\nb = 2\nprint(a)") == ["a", "b"]
+    refuse_undeclared(["a", "b"], ["b"])
+    with pytest.raises(Exception, match="It has: a, b"):
+        refuse_undeclared(["a", "b"], ["zzz"])

@@ -1,0 +1,620 @@
+"""Every figure is looked at by eye once; here is what must stay true of all of them, and of the numbers in them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from blip2nb.show import plots
+
+THRESHOLD = 3.0
+WIDTHS = (7.0, 3.4)
+
+
+# ------------------------------------------------------------------------------------------------ made-up reports
+
+
+def stage_names(kind: str, vision: int, qformer: int, language: int) -> list[str]:
+    names = ["pixels", "vision.embeddings", *(f"vision.block.{n:02d}" for n in range(vision)), "vision.post_layernorm"]
+    names += ["qformer.embeddings", *(f"qformer.layer.{n:02d}" for n in range(qformer)), "projection"]
+    names += ["language.inputs_embeds", "language.attention_mask"]
+    for stack in {"opt": [""], "t5": ["encoder.", "decoder."]}[kind]:
+        if stack == "decoder.":
+            names.append("language.decoder.input_ids")
+        names.append(f"language.{stack}{'position_bias' if stack else 'positions'}")
+        names += [f"language.{stack}block.{n:02d}" for n in range(language)]
+        names.append(f"language.{stack}final_layer_norm")
+    return [*names, "logits"]
+
+
+JUNCTIONS = {"pixels", "language.inputs_embeds", "language.attention_mask", "language.decoder.input_ids"}
+
+
+def stage(name: str, rng: np.random.Generator, excess: float | None, drift: float) -> dict[str, Any]:
+    if name in JUNCTIONS:
+        empty = dict.fromkeys(("local_error", "rounding", "excess", "fixed"))
+        return {"name": name, "junction": True, "arrival_error": 0.0, "drift": 0.0, "bit_equal": True, **empty}
+    rounding = float(10 ** rng.normal(-6.8, 0.1))
+    right = float(np.exp(rng.normal(0, 0.05)))
+    values = {"drift": drift, "local_error": rounding * (excess or right), "rounding": rounding}
+    values["excess"] = excess or right
+    fixed = {**values, "local_error": rounding, "excess": right}
+    return {"name": name, "junction": False, "arrival_error": drift, "bit_equal": False, "fixed": fixed, **values}
+
+
+def report(
+    kind: str = "opt", sizes: tuple[int, int, int] = (6, 4, 3), faults: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """A report whose stages are right but for `faults`, stage -> excess."""
+    rng, faults = np.random.default_rng(0), faults or {}
+    names = stage_names(kind, *sizes)
+    stages = [stage(name, rng, faults.get(name), 1e-7 * (1 + n)) for n, name in enumerate(names)]
+    first = next((s for s in stages if s["name"] in faults), None)
+    ours = ["a cup on a plate", "two dogs lying on the grass beside a red ball " + "in the evening sun " * 4, "$x$ 中"]
+    theirs = [ours[0], ours[1].replace("beside", "next to") if faults else ours[1], ours[2]]
+    value = {
+        "model_name": "tiny-blip2-opt-2.7b", "random_weights": True, "threshold": THRESHOLD,
+        "verdict": "explained" if faults else "match", "stages": stages, "versions": {},
+        "first_divergence": first and {
+            "stage": first["name"], "module": "vision_model.post_layernorm", "local_error": first["local_error"],
+            "excess": first["excess"], "cause": "eps of the post layer norm: LAVIS 1e-05, transformers $1e-06$"},
+        "weights": {
+            "missing": [], "unexpected": [], "dropped": {"position_ids": "why"}, "tied": {"a": "b", "c": "d"},
+            "unused": {}, "roundtrip": True, "modules_equal": True, "written": 235,
+            "bytes_by_kind": {
+                "vision_model": {"Rename": 1_970_000_000, "FuseQueryValueBias": 30_000_000},
+                "qformer": {"Rename": 420_000_000}, "query_tokens": {"Rename": 98_304},
+                "language_projection": {"Rename": 7_870_000}, "language_model": {"Rename": 5_300_000_000}}},
+        "pixel_values": {"max_abs": 0.0, "equal": True, "default": {"max_abs": 0.0146, "share": 0.003}},
+        "logits": {"max_abs": 1e-4, "relative": 4e-6, "cosine": 1.0, "kl": 2e-10, "top1_agreement": 0.975},
+        "captions": {
+            "lavis": {"greedy": ours}, "huggingface": {"greedy": theirs}, "equal": not faults,
+            "modes": {"greedy": {"equal": [True] * 3}, "default": {"equal": [True, False, True]}}},
+        "fusion": {"block": 0, "key_bias_effect": 1.3e-7, "query_bias_effect": 0.31},
+        "top_tokens": [" cup", " plate", "\n", "中", "$x", "a$", " chair", "</s>", " tree", " houseboat"],
+    }  # fmt: skip
+    return json.loads(json.dumps(value))
+
+
+def all_zero() -> dict[str, Any]:
+    value = report()
+    for each in value["stages"]:
+        if not each["junction"]:
+            each.update(drift=0.0, local_error=0.0, rounding=0.0, excess=None, bit_equal=True, arrival_error=0.0)
+    return value
+
+
+BROKEN = ("vision.block.04", "vision.block.05", "language.block.01")
+
+
+def with_nan() -> dict[str, Any]:
+    value = report()
+    for number, each in enumerate(s for s in value["stages"] if s["name"] in BROKEN):
+        lost = None if number else math.nan  # JSON has no NaN: a report may say either
+        each.update(drift=lost, local_error=lost, rounding=lost, excess=lost)
+    return value
+
+
+def arrays(positions: int = 40, width: int = 24) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    top = np.sort(rng.normal(0, 2, (positions, 50)))[:, ::-1]
+    default = np.zeros((3, 224, 224), np.int8)
+    default[0, 100:110, 7] = -1
+    query, value = rng.normal(0, 0.5, width), rng.normal(0, 0.2, width)
+    values = {
+        "logits/kl": 10 ** rng.normal(-11, 0.7, positions), "logits/max_abs": 10 ** rng.normal(-4.5, 0.3, positions),
+        "logits/margin": 10 ** rng.normal(0, 0.5, positions), "logits/top_ids": np.zeros((positions, 50), int),
+        "logits/top_lavis": top, "logits/top_huggingface": top + rng.normal(0, 1e-5, top.shape),
+        "pixels/image": rng.integers(0, 255, (60, 80, 3), dtype=np.uint8),
+        "pixels/pil": np.zeros((3, 224, 224), np.int8), "pixels/default": default,
+        "fusion/query": query, "fusion/value": value, "fusion/fused": np.concatenate([query, 0 * query, value]),
+    }  # fmt: skip
+    values["logits/kl"][3] = values["logits/max_abs"][3] = 0
+    return values
+
+
+FULL = (39, 12, 32)
+REPORTS = {
+    "pass": report(),
+    "fault": report(faults={"vision.post_layernorm": 12.7}),
+    "two faults": report(faults={"vision.block.02": 41.0, "language.block.01": 1e9}),
+    "zeros": all_zero(),
+    "NaN": with_nan(),
+    "14 stages": report(sizes=(1, 1, 1)),
+    "full": report(sizes=FULL),
+    "full, faults": report(sizes=FULL, faults={"vision.post_layernorm": 12.7, "language.block.30": 350.0}),
+    "full T5": report("t5", (39, 12, 24), {"language.decoder.block.22": 9000.0}),
+}
+ARRAYS = arrays()
+
+
+@functools.cache
+def drawn(name: str, case: str = "pass", width: float = 7.0) -> Figure:
+    picture = plots.FIGURES[name](REPORTS[case], ARRAYS, width)
+    picture.set_dpi(150)
+    FigureCanvasAgg(picture).draw()
+    return picture
+
+
+def title(picture: Figure) -> str:
+    return picture.get_suptitle().replace("\n", " ")
+
+
+def texts(picture: Figure) -> list[str]:
+    return [text.get_text() for text in picture.findobj(Text) if text.get_text()]
+
+
+def marked(axes: Axes, *labels: str, shapes: str = "oD>^v<s") -> dict[float, float]:
+    """x -> y of every marker drawn under one of these labels."""
+    lines = [line for line in axes.lines if line.get_label() in labels and line.get_marker() in shapes]
+    return {float(x): float(y) for line in lines for x, y in zip(*line.get_data(), strict=True)}
+
+
+def column(case: str, key: str) -> dict[float, float]:
+    """place -> value of the stages that have a number there."""
+    found = {float(n): each[key] for n, each in enumerate(REPORTS[case]["stages"])}
+    return {n: value for n, value in found.items() if value is not None and not math.isnan(value)}
+
+
+# -------------------------------------------------------------------------------------------- true of all figures
+
+
+@pytest.mark.parametrize("name", plots.FIGURES)
+def test_a_figure_is_closed_and_leaves_matplotlib_as_it_was(name: str) -> None:
+    import matplotlib.pyplot as plt
+
+    before = dict(matplotlib.rcParams)
+    picture = plots.FIGURES[name](REPORTS["fault"], ARRAYS)
+    FigureCanvasAgg(picture).draw()
+    assert isinstance(picture, Figure)
+    assert plt.get_fignums() == []
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("name", ["depth_trace", "fusion"])
+def test_a_notebooks_style_does_not_reach_the_figures(name: str) -> None:
+    def pixels_of(picture: Figure) -> bytes:
+        canvas = FigureCanvasAgg(picture)
+        canvas.draw()
+        return bytes(canvas.buffer_rgba())
+
+    plain = pixels_of(plots.FIGURES[name](REPORTS["fault"], ARRAYS, 3.4))
+    loud = {"font.size": 30, "axes.facecolor": "black", "xtick.labelsize": 25, "lines.linewidth": 9, "axes.grid": True}
+    with matplotlib.rc_context(loud):
+        assert pixels_of(plots.FIGURES[name](REPORTS["fault"], ARRAYS, 3.4)) == plain
+
+
+LAID_OUT = [
+    *itertools.product(["depth_trace"], REPORTS),
+    *itertools.product([name for name in plots.FIGURES if name != "depth_trace"], ["fault"]),
+    ("before_and_after", "two faults"),
+    ("before_and_after", "full T5"),
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("name", "case"), LAID_OUT)
+def test_no_words_run_into_each_other_or_off_the_page(name: str, case: str, width: float) -> None:
+    picture = drawn(name, case, width)
+    boxes = list(_text_boxes(picture))
+    assert len(boxes) > 5
+    page = picture.bbox
+    for words, (left, bottom, right, top) in boxes:
+        inside = left > -1 and bottom > -1 and right < page.width + 1 and top < page.height + 1
+        assert inside, f"{words!r} runs off the page"
+    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+        across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+        assert across < 2 or down < 3, f"{one!r} runs into {other!r}"
+
+
+def _text_boxes(picture: Figure) -> Iterator[tuple[str, tuple[float, float, float, float]]]:
+    renderer = picture.canvas.get_renderer()  # type: ignore[attr-defined]
+    hidden = set()
+    for axes in picture.axes:
+        for axis in (axes.xaxis, axes.yaxis):  # matplotlib keeps ticks beyond the limits, and does not draw them
+            low, high = sorted(axis.get_view_interval())
+            hidden |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+    for text in picture.findobj(Text):
+        box = text.get_window_extent(renderer)
+        if text.get_visible() and text.get_text().strip() and text not in hidden:
+            empty = text.get_text().startswith("\n")  # an empty first line is room, not words
+            yield text.get_text(), (box.x0, box.y0, box.x1, box.y0 + box.height / 2 if empty else box.y1)
+
+
+def test_letters_that_the_font_lacks_and_dollar_signs_are_shown_as_they_are() -> None:
+    shown = texts(drawn("logits"))
+    assert {"\\u4e2d", "$x", "a$", "⏎", "␣cup"} <= set(shown)
+    assert any("$1e-06$" in words for words in texts(drawn("depth_trace", "fault")))
+
+
+# ------------------------------------------------------------------------------------------------- the depth trace
+
+
+def test_the_title_names_the_first_wrong_stage_and_by_how_much() -> None:
+    assert title(drawn("depth_trace", "fault")).startswith("First wrong at vision.post_layernorm: error 12.7 ×")
+    assert "vision.block.02: error 41.0 ×" in title(drawn("depth_trace", "two faults"))
+
+
+def test_the_title_says_when_nothing_is_wrong() -> None:
+    worst = max(REPORTS["pass"]["stages"], key=lambda s: s["excess"] or 0)
+    words = title(drawn("depth_trace"))
+    assert words.startswith("No stage is wrong")
+    assert worst["name"] in words
+    assert f"{worst['excess']:.1f} ×" in words
+    assert title(drawn("depth_trace", "zeros")).startswith("Bit-equal at all 23 stages")
+    assert title(drawn("depth_trace", "NaN")).startswith(f"Not a number at {BROKEN[0]}")
+
+
+def test_a_junction_that_goes_wrong_is_named_by_what_arrives() -> None:
+    value = report()
+    each = next(s for s in value["stages"] if s["name"] == "language.inputs_embeds")
+    each["arrival_error"] = 1.4
+    nothing = {"local_error": None, "excess": None}
+    value["first_divergence"] = {"stage": each["name"], "module": "m", "cause": "no image", **nothing}
+    picture = plots.depth_trace(value, {})
+    assert title(picture) == "First wrong at language.inputs_embeds: what arrives there is off by 1.4"
+    place = float(value["stages"].index(each))
+    assert marked(picture.axes[0], "wrong", shapes="^") == {place: 1.0}  # beyond the axis: an arrowhead at its end
+
+
+@pytest.mark.parametrize("case", ["pass", "fault", "full, faults", "full T5"])
+def test_errors_are_drawn_where_the_report_says(case: str) -> None:
+    above, below = drawn("depth_trace", case).axes[:2]
+    local = column(case, "local_error")
+    drawn_errors = marked(above, "local error", "wrong")
+    assert {place: drawn_errors[place] for place in local} == pytest.approx(local)
+    assert marked(below, "excess", "wrong excess") == pytest.approx(column(case, "excess"))
+    drift = next(line for line in above.lines if line.get_label() == "drift")
+    kept = {float(x): y for x, y in zip(*drift.get_data(), strict=True) if not math.isnan(y)}
+    assert kept == pytest.approx({place: value for place, value in column(case, "drift").items() if value})
+
+
+def test_the_rounding_band_is_each_stages_own() -> None:
+    above = drawn("depth_trace").axes[0]
+    band = [c for c in above.collections if c.get_label() == "rounding"]
+    corners = np.concatenate([path.vertices for c in band for path in c.get_paths()])
+    for place, value in column("pass", "rounding").items():
+        near = corners[np.abs(corners[:, 0] - place) < 0.51]
+        assert np.isclose(near[:, 1], value, rtol=1e-9).any()
+
+
+def test_what_is_above_the_threshold_looks_wrong_and_nothing_else_does() -> None:
+    below = drawn("depth_trace", "full, faults").axes[1]
+    excess = column("full, faults", "excess")
+    assert set(marked(below, "wrong excess")) == {n for n, value in excess.items() if value > THRESHOLD}
+    assert marked(drawn("depth_trace").axes[1], "wrong excess") == {}
+    at = {line.get_label(): line.get_ydata()[0] for line in below.lines if line.get_label() in ("1", "threshold")}
+    assert at == {"1": 1.0, "threshold": THRESHOLD}
+
+
+def test_the_first_divergence_is_labelled_with_stage_value_and_cause() -> None:
+    first = REPORTS["full, faults"]["first_divergence"]
+    label = next(words for words in texts(drawn("depth_trace", "full, faults")) if words.startswith(first["stage"]))
+    assert f"error {first['local_error']:.1e}".replace("e-0", "e-") in label
+    assert first["cause"] in label
+    assert "language.block.30 (350 ×)" in label
+
+
+def test_exact_zeros_have_a_row_of_their_own() -> None:
+    above, below = drawn("depth_trace", "zeros").axes[:2]
+    for axes, labels in ((above, ("local error", "arrival error")), (below, ("excess",))):
+        heights = set(marked(axes, *labels).values())
+        assert len(heights) == 1
+        named = {tick.get_loc(): tick.label1.get_text() for tick in axes.yaxis.get_major_ticks()}
+        assert named[heights.pop()] == "bit-equal"
+    assert len(marked(above, "local error", "arrival error")) == 23
+
+
+def test_what_is_not_a_number_is_hatched_and_not_drawn() -> None:
+    above, below = drawn("depth_trace", "NaN").axes[:2]
+    names = [each["name"] for each in REPORTS["NaN"]["stages"]]
+    places = {names.index(name) for name in BROKEN}
+    for axes in (above, below):
+        spans = [patch for patch in axes.patches if patch.get_gid() == "NaN"]
+        assert all(span.get_hatch() for span in spans)
+        hatched = {n for span in spans for n in range(len(names)) if span.get_x() < n < span.get_x() + span.get_width()}
+        assert hatched == places
+        assert not places & set(marked(axes, "local error", "excess", "wrong", "wrong excess"))
+    assert texts(drawn("depth_trace", "NaN")).count("NaN") == 2  # two neighbours share a word
+
+
+def test_an_infinite_excess_is_an_arrowhead_that_says_so() -> None:
+    below = drawn("depth_trace", "two faults").axes[1]
+    place = next(n for n, each in enumerate(REPORTS["two faults"]["stages"]) if each["excess"] == 1e9)
+    assert list(marked(below, "wrong excess", shapes="^")) == [place]
+    assert "∞ ×" in [text.get_text() for text in below.texts]
+
+
+def test_two_runs_share_one_error_axis() -> None:
+    limits = {drawn("depth_trace", case).axes[0].get_ylim() for case in REPORTS}
+    assert len(limits) == 1
+    ticks = [tick.label1.get_text() for tick in drawn("depth_trace").axes[0].yaxis.get_major_ticks()]
+    assert ticks == ["bit-equal", "1e-8", "1e-6", "1e-4", "0.01", "1"]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_fourth_block_has_a_tick_and_every_part_a_band(width: float) -> None:
+    picture = drawn("depth_trace", "full", width)
+    names = [each["name"] for each in REPORTS["full"]["stages"]]
+    blocks = [n for n, name in enumerate(names) if name[-2:].isdigit() and int(name[-2:]) % 4 == 0]
+    assert list(picture.axes[1].get_xticks()) == blocks
+    assert [text.get_text() for text in picture.axes[2].texts] == ["vision", "Q-Former", "projection", "language"]
+    borders = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in picture.axes[2].patches]
+    assert borders[0][0] == -0.5
+    assert borders[-1][1] == len(names) - 0.5
+    assert [end for _, end in borders[:-1]] == [start for start, _ in borders[1:]]
+
+
+def test_t5_has_a_band_for_each_stack() -> None:
+    words = [text.get_text() for text in drawn("depth_trace", "full T5").axes[2].texts]
+    assert words == ["vision", "Q-Former", "projection", "language encoder", "language decoder"]
+
+
+# ------------------------------------------------------------------------------------------- before and after a fix
+
+
+def test_only_stages_that_the_fix_moves_are_drawn_and_the_rest_is_counted() -> None:
+    picture = drawn("before_and_after", "full, faults")
+    stages = {each["name"]: each for each in REPORTS["full, faults"]["stages"] if each["fixed"]}
+    axes = picture.axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["vision.post_layernorm", "language.block.30"]
+    for what, key in (("as shipped", None), ("with the fix", "fixed")):
+        lines = [line for line in axes.lines if line.get_label() == what]
+        found = {names[int(y)]: x for line in lines for x, y in zip(*line.get_data(), strict=True)}
+        assert found == pytest.approx({name: (stages[name][key] if key else stages[name])["excess"] for name in names})
+    assert f"not drawn: {len(stages) - 2} stages moved by less than 10 %" in texts(picture)
+    assert "language.block.30 goes from 350 × to" in title(picture)
+
+
+def test_a_tenth_is_the_least_move_that_is_drawn() -> None:
+    value = report()
+    for each, factor in zip((s for s in value["stages"] if s["fixed"]), (0.91, 0.89, 1.09, 1.11), strict=False):
+        each["fixed"]["excess"] = each["excess"] * factor
+    picture = plots.before_and_after(value, {})
+    moved = [s["name"] for s in value["stages"] if s["fixed"]]
+    assert [label.get_text() for label in picture.axes[0].get_yticklabels()] == [moved[1], moved[3]]
+
+
+def test_a_fix_that_moves_everything_keeps_the_largest_moves() -> None:
+    value = report(sizes=FULL)
+    for number, each in enumerate(s for s in value["stages"] if s["fixed"]):
+        each["excess"] = 10.0 + number
+    picture = plots.before_and_after(value, {})
+    labels = [label.get_text() for label in picture.axes[0].get_yticklabels()]
+    moved = [each["name"] for each in value["stages"] if each["fixed"]]
+    assert 5 < len(labels) < 30
+    assert labels[-1] == "logits"
+    assert moved[0] not in labels
+    assert labels == sorted(labels, key=moved.index)
+    assert f"{len(moved) - len(labels)} smaller moves" in " ".join(texts(picture))
+
+
+# --------------------------------------------------------------------------------------------------- the other ones
+
+
+def test_logits_are_drawn_position_by_position() -> None:
+    kl, tokens, risk, difference = (
+        next(a for a in drawn("logits").axes if start in a.get_ylabel() + a.get_xlabel())
+        for start in ("KL", "logit, last", "margin", "position in")
+    )
+    for axes, key in ((kl, "logits/kl"), (difference, "logits/max_abs")):
+        values = {float(n): float(v) for n, v in enumerate(ARRAYS[key])}
+        found = marked(axes, "positions")
+        zero = found.pop(3.0)
+        assert values.pop(3.0) == 0
+        assert zero < axes.get_yticks()[1]
+        assert found == pytest.approx(values)
+    for label, key in (("LAVIS", "logits/top_lavis"), ("transformers", "logits/top_huggingface")):
+        line = next(line for line in tokens.lines if line.get_label() == label)
+        np.testing.assert_array_equal(line.get_xdata(), ARRAYS[key][-1, :10])
+    assert sorted(marked(risk, "positions")) == pytest.approx(sorted(ARRAYS["logits/margin"]))
+    assert "none can flip" in title(drawn("logits"))
+
+
+def test_a_position_can_flip_where_the_difference_passes_half_the_margin() -> None:
+    values = dict(ARRAYS)
+    values["logits/margin"] = np.full(40, 0.2)
+    values["logits/max_abs"] = np.full(40, 0.0999)
+    values["logits/max_abs"][[7, 9]] = 0.1001
+    picture = plots.logits(REPORTS["fault"], values)
+    assert "2 of 40 can flip" in title(picture)
+    risk = next(axes for axes in picture.axes if "margin" in axes.get_xlabel())
+    lines = {line.get_label(): np.array(line.get_data()) for line in risk.lines}
+    assert set(lines["could flip"][1]) == {0.1001}
+    assert lines["positions"].shape == (2, 38)
+    margin, difference = lines["margin ÷ 2"]
+    np.testing.assert_allclose(difference, margin / 2)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.tuples(*(st.integers(0, n - 1) for n in (3, 224, 224)), st.integers(-128, 127)), max_size=4))
+def test_no_lone_pixel_is_lost_from_sight(changes: list[tuple[int, int, int, int]]) -> None:
+    difference = np.zeros((3, 224, 224), np.int16)
+    for channel, row, across, value in changes:
+        difference[channel, row, across] = value
+    picture = plots.pixels(REPORTS["pass"], {**ARRAYS, "pixels/default": difference})
+    panel = next(axes for axes in picture.axes if "default" in axes.get_title("left"))
+    image = panel.images[0]
+    shown = np.asarray(image.get_array())
+    assert np.abs(shown).max() == np.abs(difference).max()
+    for _, row, across in zip(*np.nonzero(difference), strict=True):
+        assert shown[row * len(shown) // 224, across * len(shown) // 224] != 0
+    white = image.cmap(image.norm(0))
+    assert all(image.cmap(image.norm(value)) != white for value in shown[shown != 0])
+    assert image.norm.vmin == -image.norm.vmax
+    share = np.count_nonzero(difference) / difference.size
+    assert ("bit-equal" in panel.get_xlabel()) == (share == 0)
+
+
+def test_the_share_of_pixels_that_differ_is_said() -> None:
+    picture = drawn("pixels")
+    assert "0.0066 %" in title(picture)
+    assert "sees LAVIS's pixels exactly" in title(picture)
+    assert any(words.startswith("0.0066 % differ") and "at most by 1" in words for words in texts(picture))
+
+
+def test_captions_are_whole_and_part_where_they_part() -> None:
+    said = REPORTS["fault"]["captions"]
+    picture = drawn("captions", "fault", 3.4)
+    words = texts(picture)
+    together = " ".join(words)
+    assert "a cup on a plate" in words  # equal: said once, in one piece
+    assert "│beside a" in together
+    assert "│next to" in together
+    flat = together.replace("│", "").split()
+    for text in (said["lavis"]["greedy"][1], said["huggingface"]["greedy"][1]):
+        assert all(flat.count(word) >= 1 for word in text.split())
+    assert "random weights: this caption is noise on purpose" in words
+    assert "part on 1 of 3 images" in title(picture)
+    assert "generate() with no arguments: 2 of 3 equal" in words
+
+
+def test_captions_of_a_real_model_are_not_called_noise() -> None:
+    value = {**REPORTS["pass"], "random_weights": False}
+    picture = plots.captions(value, {})
+    assert "Both models say the same" in title(picture)
+    assert not any("noise" in words for words in texts(picture))
+    assert not any("│" in words for words in texts(picture))
+
+
+def test_bytes_are_stacked_by_what_happened_to_them() -> None:
+    axes = drawn("files").axes[0]
+    table = REPORTS["pass"]["weights"]["bytes_by_kind"]
+    for kind in ("Rename", "FuseQueryValueBias"):
+        bars = [patch for patch in axes.patches if patch.get_gid() == kind]
+        sizes = [kinds[kind] for kinds in table.values() if kind in kinds]
+        assert [bar.get_width() * 1e9 for bar in bars] == pytest.approx(sizes)
+    fused = next(patch for patch in axes.patches if patch.get_gid() == "FuseQueryValueBias")
+    assert fused.get_x() * 1e9 == pytest.approx(table["vision_model"]["Rename"])
+    words = " ".join(texts(drawn("files"))).replace("\n", " ")
+    assert "2 tied to another, 1 dropped as a buffer, 0 unused by LAVIS" in words
+    assert "235 written, 7.73 GB" in title(drawn("files"))
+
+
+def test_a_missing_tensor_is_the_title_of_the_files() -> None:
+    value = copy.deepcopy(REPORTS["pass"])
+    value["weights"].update(missing=["qformer.layernorm.bias"], roundtrip=False)
+    picture = plots.files(value, {})
+    assert title(picture) == "Not all tensors are accounted for: 1 missing"
+    words = " ".join(texts(picture)).replace("\n", " ")
+    assert "Missing: qformer.layernorm.bias." in words
+    assert "THE WAY BACK DIFFERS" in words
+
+
+def test_the_fused_bias_is_drawn_in_its_three_parts() -> None:
+    panels = [axes for axes in drawn("fusion").axes if "bias and a" in axes.get_title("left")]
+    panels += [axes for axes in drawn("fusion").axes if "one bias" in axes.get_title("left")]
+    assert len(panels) == 2
+    for axes in panels:
+        parts = {c.get_gid(): c for c in axes.collections if isinstance(c, LineCollection)}
+        for place, name in ((0, "query"), (2, "value")):
+            segments = np.array(parts[name].get_segments())
+            np.testing.assert_allclose(segments[:, 1, 1], ARRAYS[f"fusion/{name}"])
+            assert segments[0, 0, 0] == place * 24 + 0.5
+        assert len({tuple(part.get_color()[0]) for part in parts.values()}) == len(parts)
+
+
+def test_a_key_bias_that_is_not_zero_or_not_free_is_said() -> None:
+    assert "1.3e-7, rounding alone" in title(drawn("fusion"))
+    assert "0.31" in title(drawn("fusion"))
+    wrong = {**ARRAYS, "fusion/fused": ARRAYS["fusion/fused"].copy()}
+    wrong["fusion/fused"][30] = 0.02
+    value = {**REPORTS["pass"], "fusion": {"block": 0, "key_bias_effect": 0.1, "query_bias_effect": 0.3}}
+    picture = plots.fusion(value, wrong)
+    assert "should be rounding alone" in title(picture)
+    assert "not zero: 0.02" in texts(picture)
+    assert "channel (NOT query, zeros, value)" in texts(picture)
+    assert "zeros" in texts(drawn("fusion"))
+    assert "channel (bit-equal: query, zeros, value)" in texts(drawn("fusion"))
+
+
+# ------------------------------------------------------------------------------------ alt text, files and notebooks
+
+
+def test_alt_texts_hold_the_numbers() -> None:
+    wanted = {
+        "depth_trace": ["23 stages", "vision.post_layernorm", "12.7 ×", "2.3e-6"],
+        "before_and_after": ["vision.post_layernorm", "12.7 ×", "19 stages"],
+        "logits": ["4e-6", "1e-4", "2e-10", "98 %"],
+        "pixels": ["bit-equal", "0.3 %", "0.015"],
+        "captions": ["1 of 3 images", "noise on purpose"],
+        "files": ["235 written", "7.73 GB", "Q-Former 420 MB"],
+        "fusion": ["1.3e-7", "0.31"],
+    }
+    assert set(wanted) == set(plots.FIGURES)
+    for name, numbers in wanted.items():
+        words = plots.alt_text(name, REPORTS["fault"])
+        assert [number for number in numbers if number not in words] == [], words
+        assert words.endswith(".")
+        assert "\n" not in words
+
+
+def test_what_there_is_no_data_for_is_skipped(tmp_path: Any) -> None:
+    bare = {**REPORTS["pass"], "stages": [], "logits": None, "captions": None, "pixel_values": None, "fusion": None}
+    assert plots.available(bare, {}) == ["files"]
+    assert [path.name for path in plots.save(bare, {}, tmp_path)] == ["files.png", "files.svg"]
+    assert plots.available(REPORTS["fault"], ARRAYS) == list(plots.FIGURES)
+    assert "logits" not in plots.available(REPORTS["fault"], {k: v for k, v in ARRAYS.items() if k != "logits/kl"})
+    unfixed = copy.deepcopy(REPORTS["pass"])
+    for each in unfixed["stages"]:
+        each["fixed"] = None
+    assert "before_and_after" not in plots.available(unfixed, ARRAYS)
+
+
+def test_saved_files_are_named_by_width_and_carry_their_alt_text(tmp_path: Any) -> None:
+    value = {**REPORTS["fault"], "logits": None, "captions": None, "pixel_values": None, "fusion": None}
+    folder = tmp_path / "run" / "figures"
+    paths = plots.save(value, {}, folder, widths=(7.0, 3.4), formats=("png", "svg", "pdf"))
+    stems = ("depth_trace", "before_and_after", "files")
+    ends = [f"{width}.{kind}" for width in ("", "-3.4in") for kind in ("png", "svg", "pdf")]
+    assert {path.name for path in paths} == {stem + end for stem in stems for end in ends}
+    assert {path.name for path in folder.iterdir()} == {path.name for path in paths}
+    from PIL import Image
+
+    with Image.open(folder / "depth_trace-3.4in.png") as image:
+        assert image.text["Description"] == plots.alt_text("depth_trace", value)
+        assert image.width == round(3.4 * 200)
+    assert "First wrong at vision.post_layernorm" in (folder / "depth_trace.svg").read_text()
+    pdf = (folder / "files.pdf").read_bytes()
+    assert b"/Type3" not in pdf
+    assert b"/Subtype /Type0" in pdf
+
+
+def test_the_same_report_gives_the_same_files(tmp_path: Any) -> None:
+    value = {**REPORTS["pass"], "stages": [], "logits": None, "captions": None, "pixel_values": None, "fusion": None}
+    once = plots.save(value, ARRAYS, tmp_path / "once", formats=("png", "svg", "pdf"))
+    again = plots.save(value, ARRAYS, tmp_path / "again", formats=("png", "svg", "pdf"))
+    assert len(once) == 3
+    assert [path.read_bytes() for path in once] == [path.read_bytes() for path in again]
+
+
+@pytest.mark.parametrize("setup", ["", "%matplotlib inline"])
+def test_a_notebook_shows_a_figure_once_and_as_png(setup: str) -> None:
+    import nbclient
+    from nbformat import v4
+
+    fixture = {"weights": REPORTS["pass"]["weights"], "captions": REPORTS["pass"]["captions"]}
+    cells = [f"{setup}\nfrom blip2nb.show import plots\nreport = {fixture!r}", "plots.files(report, {})",
+             "plots.captions(report, {})", "figure = plots.files(report, {})"]  # fmt: skip
+    notebook = v4.new_notebook(cells=[v4.new_code_cell(source) for source in cells])
+    nbclient.NotebookClient(notebook, kernel_name="python3", timeout=60).execute()
+    shown = [["image/png" in output.get("data", {}) for output in cell.outputs] for cell in notebook.cells]
+    assert shown == [[], [True], [True], []]
