@@ -71,6 +71,22 @@ class Variant:
     language: LanguageSizes
     twin: bool = False
 
+    def _repr_html_(self) -> str:
+        rows = {
+            "LAVIS": f"{self.lavis_class}, {self.lavis_type}",
+            "image": f"{self.image_size} × {self.image_size} pixels, {self.vision_tokens} tokens",
+            "vision tower": f"{self.vision.layers} blocks, width {self.vision.width}",
+            "Q-Former": f"{self.qformer.layers} layers, width {self.qformer.width}, {self.qformer.queries} queries",
+            "language model": f"{self.language_model}, {self.language.layers} layers, width {self.language.width}",
+            "checkpoint": self.checkpoint,
+            "prompt": repr(self.prompt),
+        }
+        cells = "".join(
+            f"<tr><th align='left'>{name}</th><td align='left'>{text}</td></tr>" for name, text in rows.items()
+        )
+        note = "<p>A twin: this architecture and file layout, small and with random weights.</p>" if self.twin else ""
+        return f"<strong>{self.name}</strong>{note}<table>{cells}</table>"
+
     @property
     def language_folder(self) -> str:
         """The last part of the language model's hub name: its folder in the released layout."""

@@ -1,8 +1,10 @@
 """What sets a machine up is one thing said in several places: this holds them equal."""
 
+import ast
 import importlib.metadata
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,15 @@ def test_lavis_is_unmodified():
     count, bad = done.stdout.split(" ", 1)
     assert int(count) > 200
     assert bad.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", ["models/lavis.py", "trace/tape.py", "weights/hashing.py"])
+def test_what_travels_to_an_old_environment_is_python_3_8(path):
+    tree = ast.parse((ROOT / "blip2nb" / path).read_text(), feature_version=(3, 8))
+    imported = {node.names[0].name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)}
+    imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    ours = {"blip2nb", "hashing", "tape"}
+    assert imported - sys.stdlib_module_names - ours <= {"torch", "safetensors", "lavis", "omegaconf", "transformers", "PIL"}
 
 
 def test_the_makefile_runs_what_ci_runs():

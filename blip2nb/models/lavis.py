@@ -74,10 +74,11 @@ def run(model, digests, request, progress=None):
     pixels = torch.stack([processor(_open_image(path)) for path in request["images"]]).to(device)
     if pixels.shape[-1] != request["image_size"]:
         raise ValueError("LAVIS's processor made {} pixels, not {}".format(pixels.shape[-1], request["image_size"]))
-    with torch.no_grad(), recording(model, request["places"]) as recorded:
-        model(dict(request["texts"], image=pixels[:1]))
-    say("captioning")
-    captions = {mode: caption(model, pixels, **options) for mode, options in CAPTION_MODES.items()}
+    with torch.no_grad(), _plain_float32(model):
+        with recording(model, request["places"]) as recorded:
+            model(dict(request["texts"], image=pixels[:1]))
+        say("captioning")
+        captions = {mode: caption(model, pixels, **options) for mode, options in CAPTION_MODES.items()}
     recorded["pixel_values"] = pixels[:1].cpu()
     for number, path in enumerate(request["images"]):
         with open(path, "rb") as file:
@@ -145,6 +146,19 @@ def build(request):
         )
     digests = {name: digest_as(value, stored[name]) for name, value in model.named_parameters()}
     return model, digests
+
+
+@contextlib.contextmanager
+def _plain_float32(model):
+    """On a GPU LAVIS wraps its forward in autocast and PyTorch rounds convolutions to TF32; on a CPU neither happens.
+    This makes the GPU do what the CPU does."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with mock.patch.object(type(model), "maybe_autocast", lambda self, dtype=None: contextlib.nullcontext()):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def caption(model, pixels, **options):
@@ -282,7 +296,7 @@ def _fill(model, request):
     files = request["files"]
     aliases = set(request["aliases"])
     prefix = request["language_prefix"]
-    known = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {n for n, _ in model.named_buffers()}
+    known = set(model.state_dict())
     vision = dict(_read(files["vision"]))
     _interpolate(model.visual_encoder, vision)
     parts = [(("visual_encoder." + name, value) for name, value in vision.items())]
