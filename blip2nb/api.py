@@ -163,7 +163,7 @@ def verify(
 
 def draw(run: Run) -> list[Path]:
     """Draw every figure that the run's report has data for into its figures/ folder."""
-    from blip2nb.show import plots
+    from blip2nb.display import plots
 
     report = run.report
     run.figures.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def draw(run: Run) -> list[Path]:
 
 def show(target: str | Path | Run) -> str:
     """A run in words: the verdict, the numbers behind it, and where everything lies."""
-    from blip2nb.show.text import describe
+    from blip2nb.display.text import describe
 
     run = target if isinstance(target, Run) else find_run(target)
     return describe(run)

@@ -38,7 +38,7 @@ class Report:
         return f"Report({self['model_name']}: {self.verdict})\n{self['summary']}"
 
     def _repr_html_(self) -> str:
-        from blip2nb.show.text import verdict_html
+        from blip2nb.display.text import verdict_html
 
         return verdict_html(self.content)
 
@@ -48,7 +48,7 @@ class Report:
         Raises:
             RequestError: there is no figure of that name.
         """
-        from blip2nb.show import plots
+        from blip2nb.display import plots
 
         if name not in plots.FIGURES:
             raise RequestError(f"There is no figure {name!r}; there are {', '.join(plots.FIGURES)}.")

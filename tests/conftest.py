@@ -43,9 +43,9 @@ class Outcome:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Time of change and content of everything under a folder, hidden files too."""
+    """Everything under a folder, hidden or not; of files their time of change and their content."""
     return {
-        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) if path.is_file() else (0, b"")
         for path in sorted(folder.rglob("*"))
     }
 

@@ -21,7 +21,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from blip2nb.show import plots
+from blip2nb.display import plots
 
 THRESHOLD = 3.0
 WIDTHS = (7.0, 3.4)
@@ -87,7 +87,7 @@ def report(
             "lavis": {"greedy": ours}, "huggingface": {"greedy": theirs}, "equal": not faults,
             "modes": {"greedy": {"equal": [True] * 3}, "default": {"equal": [True, False, True]}}},
         "fusion": {"block": 0, "key_bias_effect": 1.3e-7, "query_bias_effect": 0.31},
-        "top_tokens": [" cup", " plate", "\n", "中", "$x", "a$", " chair", "</s>", " tree", " houseboat"],
+        "top_tokens": [" cup", " plate", "\n", "中", "$x", "a$", " chair", "</s>", " tree", " https://example.org"],
     }  # fmt: skip
     return json.loads(json.dumps(value))
 
@@ -138,7 +138,9 @@ REPORTS = {
     "NaN": with_nan(),
     "14 stages": report(sizes=(1, 1, 1)),
     "full": report(sizes=FULL),
-    "full, faults": report(sizes=FULL, faults={"vision.post_layernorm": 12.7, "language.block.30": 350.0}),
+    "full, faults": report(
+        sizes=FULL, faults={"vision.post_layernorm": 12.7, "language.block.08": 3.2, "language.block.30": 350.0}
+    ),
     "full T5": report("t5", (39, 12, 24), {"language.decoder.block.22": 9000.0}),
 }
 ARRAYS = arrays()
@@ -195,7 +197,7 @@ def test_a_notebooks_style_does_not_reach_the_figures(name: str) -> None:
         return bytes(canvas.buffer_rgba())
 
     plain = pixels_of(plots.FIGURES[name](REPORTS["fault"], ARRAYS, 3.4))
-    loud = {"font.size": 30, "axes.facecolor": "black", "xtick.labelsize": 25, "lines.linewidth": 9, "axes.grid": True}
+    loud = {"font.size": 30, "font.sans-serif": ["DejaVu Sans Mono"], "axes.facecolor": "black", "xtick.labelsize": 25}
     with matplotlib.rc_context(loud):
         assert pixels_of(plots.FIGURES[name](REPORTS["fault"], ARRAYS, 3.4)) == plain
 
@@ -240,8 +242,11 @@ def _text_boxes(picture: Figure) -> Iterator[tuple[str, tuple[float, float, floa
 
 def test_letters_that_the_font_lacks_and_dollar_signs_are_shown_as_they_are() -> None:
     shown = texts(drawn("logits"))
-    assert {"\\u4e2d", "$x", "a$", "⏎", "␣cup"} <= set(shown)
-    assert any("$1e-06$" in words for words in texts(drawn("depth_trace", "fault")))
+    assert {"\\u4e2d", "$x", "a$", "⏎", "␣cup", "␣https://exam…"} <= set(shown)
+    written = [*drawn("depth_trace", "fault").findobj(Text), *drawn("captions").findobj(Text)]
+    with_dollars = [text for text in written if text.get_text().count("$") == 2]
+    assert len(with_dollars) == 2
+    assert not any(text.get_parse_math() for text in with_dollars)
 
 
 # ------------------------------------------------------------------------------------------------- the depth trace
@@ -306,10 +311,13 @@ def test_what_is_above_the_threshold_looks_wrong_and_nothing_else_does() -> None
 
 def test_the_first_divergence_is_labelled_with_stage_value_and_cause() -> None:
     first = REPORTS["full, faults"]["first_divergence"]
-    label = next(words for words in texts(drawn("depth_trace", "full, faults")) if words.startswith(first["stage"]))
+    picture = drawn("depth_trace", "full, faults")
+    text = next(text for text in picture.findobj(Text) if text.get_text().startswith(first["stage"]))
+    assert text.get_window_extent().y0 > picture.axes[0].bbox.y1  # over the panel, where no data can be
+    label = text.get_text()
     assert f"error {first['local_error']:.1e}".replace("e-0", "e-") in label
     assert first["cause"] in label
-    assert "language.block.30 (350 ×)" in label
+    assert "also: language.block.08 (3.2 ×), language.block.30 (350 ×)" in label
 
 
 def test_exact_zeros_have_a_row_of_their_own() -> None:
@@ -375,12 +383,12 @@ def test_only_stages_that_the_fix_moves_are_drawn_and_the_rest_is_counted() -> N
     stages = {each["name"]: each for each in REPORTS["full, faults"]["stages"] if each["fixed"]}
     axes = picture.axes[0]
     names = [label.get_text() for label in axes.get_yticklabels()]
-    assert names == ["vision.post_layernorm", "language.block.30"]
+    assert names == ["vision.post_layernorm", "language.block.08", "language.block.30"]
     for what, key in (("as shipped", None), ("with the fix", "fixed")):
         lines = [line for line in axes.lines if line.get_label() == what]
         found = {names[int(y)]: x for line in lines for x, y in zip(*line.get_data(), strict=True)}
         assert found == pytest.approx({name: (stages[name][key] if key else stages[name])["excess"] for name in names})
-    assert f"not drawn: {len(stages) - 2} stages moved by less than 10 %" in texts(picture)
+    assert f"not drawn: {len(stages) - 3} stages moved by less than 10 %" in texts(picture)
     assert "language.block.30 goes from 350 × to" in title(picture)
 
 
@@ -484,7 +492,7 @@ def test_captions_are_whole_and_part_where_they_part() -> None:
         assert all(flat.count(word) >= 1 for word in text.split())
     assert "random weights: this caption is noise on purpose" in words
     assert "part on 1 of 3 images" in title(picture)
-    assert "generate() with no arguments: 2 of 3 equal" in words
+    assert "five beams as LAVIS sets them by default: 2 of 3 equal" in words
 
 
 def test_captions_of_a_real_model_are_not_called_noise() -> None:
@@ -612,7 +620,7 @@ def test_a_notebook_shows_a_figure_once_and_as_png(setup: str) -> None:
     from nbformat import v4
 
     fixture = {"weights": REPORTS["pass"]["weights"], "captions": REPORTS["pass"]["captions"]}
-    cells = [f"{setup}\nfrom blip2nb.show import plots\nreport = {fixture!r}", "plots.files(report, {})",
+    cells = [f"{setup}\nfrom blip2nb.display import plots\nreport = {fixture!r}", "plots.files(report, {})",
              "plots.captions(report, {})", "figure = plots.files(report, {})"]  # fmt: skip
     notebook = v4.new_notebook(cells=[v4.new_code_cell(source) for source in cells])
     nbclient.NotebookClient(notebook, kernel_name="python3", timeout=60).execute()

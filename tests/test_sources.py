@@ -51,7 +51,9 @@ def test_a_state_dict_of_trained_parameters_is_read_as_tensors(tmp_path: Path):
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3])
-@pytest.mark.parametrize(("stem", "ending", "save"), [("model", "safetensors", save_file), ("pytorch_model", "bin", torch.save)])
+@pytest.mark.parametrize(
+    ("stem", "ending", "save"), [("model", "safetensors", save_file), ("pytorch_model", "bin", torch.save)]
+)
 def test_a_hub_folder_gives_its_tensors_in_one_file_or_shards(tmp_path: Path, stem, ending, save, shards: int):
     write_shards(tmp_path, PLAIN, stem, ending, save, shards)
     check(open_folder(tmp_path))
@@ -195,7 +197,9 @@ def test_a_shard_that_is_not_there_is_named(tmp_path: Path):
         open_folder(tmp_path)
 
 
-@pytest.mark.parametrize("content", [[torch.zeros(1)], torch.zeros(1), {"epoch": 3}, {}, {1: torch.zeros(1)}, {"model": {}}])
+@pytest.mark.parametrize(
+    "content", [[torch.zeros(1)], torch.zeros(1), {"epoch": 3}, {}, {1: torch.zeros(1)}, {"model": {}}]
+)
 def test_a_pth_without_named_tensors_is_refused(tmp_path: Path, content: object):
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(RequestError, match="should hold a dict of tensors|holds no tensors"):

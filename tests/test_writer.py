@@ -89,9 +89,14 @@ def test_a_directory_that_was_not_finished_leaves_nothing(tmp_path: Path, failur
         (tmp_path / "model").mkdir()
         (tmp_path / "model" / "old").write_text("old")
     there = snapshot(tmp_path)
-    with pytest.raises(failure), whole_directory(tmp_path / "model") as folder:  # noqa: PT012
-        fill(folder)
-        raise failure
+
+    def broken() -> None:
+        with whole_directory(tmp_path / "model") as folder:
+            fill(folder)
+            raise failure
+
+    with pytest.raises(failure):
+        broken()
     assert snapshot(tmp_path) == there
 
 

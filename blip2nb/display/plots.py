@@ -586,7 +586,8 @@ def _per_position(axes: Axes, values: np.ndarray, decades: tuple[float, float], 
 
 
 def _top_tokens(axes: Axes, report: Report, arrays: Arrays) -> None:
-    texts = [_readable(text) for text in report.get("top_tokens") or []][:10]
+    readable = [_readable(text) for text in (report.get("top_tokens") or [])[:10]]
+    texts = [text if len(text) <= 14 else f"{text[:13]}…" for text in readable]  # a URL leaves no room for the plot
     ours = np.asarray(arrays["logits/top_lavis"], dtype=float)[-1][: len(texts)]
     theirs = np.asarray(arrays["logits/top_huggingface"], dtype=float)[-1][: len(texts)]
     y = np.arange(len(texts))
@@ -635,7 +636,7 @@ def pixels(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
     """
     wide = width >= 5
     picture = Picture(width, 3.3 if wide else 2.6, alt_text("pixels", report))
-    axes = picture.subplot_mosaic([["image", "pil", "default"]], width_ratios=[0.7, 1, 1])
+    axes: dict[str, Axes] = picture.subplot_mosaic([["image", "pil", "default"]], width_ratios=[0.7, 1, 1])
     _title(picture, _pixels_finding(arrays))
     axes["image"].imshow(arrays["pixels/image"])
     shown = {name: np.asarray(arrays[f"pixels/{name}"], dtype=float) for name in ("pil", "default")}
@@ -828,7 +829,7 @@ def _caption_notes(report: Report) -> list[str]:
     return notes
 
 
-_MODES = {"beams": "five beams, LAVIS's way", "default": "generate() with no arguments"}
+_MODES = {"beams": "five beams", "default": "five beams as LAVIS sets them by default"}
 
 
 # --------------------------------------------------------------------------------------------------- F10: the files
