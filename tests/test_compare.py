@@ -34,7 +34,8 @@ def vits():
     ours = ViTForImageClassification(config).eval()
     state = ours.state_dict()
     source = theirs.state_dict()
-    qkv = ("query", "key", "value") if any("attention.query" in name for name in state) else ("q_proj", "k_proj", "v_proj")
+    separate = any("attention.query" in name for name in state)  # transformers has named them either way
+    qkv = ("query", "key", "value") if separate else ("q_proj", "k_proj", "v_proj")
     for name in state:
         state[name] = _vit_tensor(name, source, qkv)
     ours.load_state_dict(state)
@@ -71,7 +72,7 @@ def _vit_tensor(name, source, qkv):
 
 
 def _vit_stages(ours):
-    layers = next(path for path, module in ours.named_modules() if isinstance(module, nn.ModuleList) and len(module) == 4)
+    layers = next(path for path, one in ours.named_modules() if isinstance(one, nn.ModuleList) and len(one) == 4)
     blocks = [
         trace.Stage(
             f"block.{n}",
@@ -140,10 +141,12 @@ def test_a_recording_on_disk_serves_as_the_reference(vits, tmp_path):
     save_tape(tmp_path / "tape.safetensors", recorded, {"of": "torchvision"})
     tape = Tape(tmp_path / "tape.safetensors")
     assert tape.metadata == {"of": "torchvision"}
-    assert (tmp_path / "tape.safetensors").stat().st_size < sum(t.numel() * 4 for t in recorded.values())  # inputs shared
+    apart = sum(tensor.numel() * 4 for tensor in recorded.values())
+    assert (tmp_path / "tape.safetensors").stat().st_size < apart, "equal tensors are stored once"
     live, taped = trace.compare(theirs, ours, stages, image), trace.compare(tape, ours, stages, image)
     assert [stage.drift for stage in taped.stages] == [stage.drift for stage in live.stages]
-    for one, other in zip(live.stages, taped.stages, strict=True):  # tensors from a file lie elsewhere: rounding differs
+    for one, other in zip(live.stages, taped.stages, strict=True):
+        # tensors from a file lie at other addresses, which can change how a product is rounded
         assert other.local_error == pytest.approx(one.local_error, abs=1e-7)
     assert taped.faults == []
 
@@ -154,8 +157,10 @@ def test_recording_and_comparing_leave_the_models_as_they_were(vits):
     with torch.no_grad():
         before = ours(image).logits
     trace.compare(theirs, ours, _vit_stages(ours), image)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in [*ours.modules(), *theirs.modules()])
-    assert not any("forward" in vars(module) for module in [*ours.modules(), *theirs.modules()])
+    for module in [*ours.modules(), *theirs.modules()]:
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+        assert "forward" not in vars(module)
     with torch.no_grad():
         assert torch.equal(ours(image).logits, before)
 
