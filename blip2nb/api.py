@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,7 @@ def convert(
     opened = open_model(files, wanted)
     if not _reusable(run, wanted, opened, files, dtype, overwrite):
         _write(run, wanted, opened, files, dtype, max_shard_size)
+    run.remember(source)
     if push_to_hub:
         _push(run.model, push_to_hub, token)
     return run
@@ -106,6 +108,8 @@ def capture(
     wanted = variant(model if isinstance(model, str) else Manifest.read(model.model).model)
     run = new_run(wanted.name, source, run_name, output_dir) if isinstance(model, str) else model
     lavis = _require_lavis(lavis_python, wanted)
+    if not isinstance(model, str):
+        source = source or run.source
     files = find_files(wanted, source)
     path = Path(output).expanduser().resolve() if output else run.tape_path
     with _steps("LAVIS") as say:
@@ -153,7 +157,7 @@ def verify(
     manifest = Manifest.read(run.model)
     found = _tape(run, manifest, proof, tape, source, lavis_python, device, notebook)
     with _steps("verify") as say:
-        report = prove(run.model, found, progress=say)
+        report = prove(run.model, found, _completion(run, manifest, source or run.source), progress=say)
     report.save(run.folder)
     if figures:
         draw(run)
@@ -250,9 +254,7 @@ def _hub_token(repository: str) -> str | None:
     from huggingface_hub import get_token
 
     if repository.count("/") != 1 or not all(repository.split("/")):
-        raise RequestError(
-            f"--push-to-hub should name a repository such as user/blip2-opt-2.7b, found {repository!r}."
-        )
+        raise RequestError(f"--push-to-hub should name a repository such as user/blip2-opt-2.7b, found {repository!r}.")
     token = get_token()
     if token is None:
         raise RequestError(
@@ -305,6 +307,14 @@ def _tape(
     return capture(run, source, lavis_python=lavis_python, device=device, notebook=notebook)
 
 
+def _completion(run: Run, manifest: Manifest, source: str | Path) -> str:
+    """The commands that add the second proof to a run that has only the first."""
+    words = ["blip2nb", "capture", manifest.model, *(["--source", str(source)] if source else [])]
+    words += ["--output", str(run.tape_path)]
+    again = ["blip2nb", "verify", str(run.model), "--tape", str(run.tape_path), "--output", str(run.folder)]
+    return f"{shlex.join(words)} && {shlex.join(again)}"
+
+
 def _open_tape(path: Path) -> Tape:
     try:
         return Tape(path)
@@ -333,8 +343,8 @@ class _steps:
     def __enter__(self) -> Callable[[str], None]:
         from tqdm import tqdm
 
-        self._bar = tqdm(desc=self._title, unit=" steps", bar_format="{desc}: {elapsed} {postfix}")
-        return lambda word: self._bar.set_postfix_str(word)
+        self._bar = tqdm(desc=self._title, bar_format="{desc} [{elapsed}]")
+        return lambda word: self._bar.set_description_str(f"{self._title}: {word}")
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()

@@ -35,7 +35,8 @@ class Report:
         return self.content[name]
 
     def __repr__(self) -> str:
-        return f"Report({self['model_name']}: {self.verdict})\n{self['summary']}"
+        more = f"\nTo complete the proof: {self['complete_with']}" if self.content.get("complete_with") else ""
+        return f"Report({self['model_name']}: {self.verdict})\n{self['summary']}{more}"
 
     def _repr_html_(self) -> str:
         from blip2nb.display.text import verdict_html
@@ -53,7 +54,7 @@ class Report:
         if name not in plots.FIGURES:
             raise RequestError(f"There is no figure {name!r}; there are {', '.join(plots.FIGURES)}.")
         if name not in plots.available(self.content, self.arrays):
-            return Note(f"No {name.replace('_', ' ')}: the behaviour was not compared. {self['summary']}")
+            return Note(f"No picture of this ({name}): the behaviour was not compared. {self['summary']}")
         return plots.FIGURES[name](self.content, self.arrays, width=width)
 
     def save(self, folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 from blip2nb.errors import RequestError
@@ -29,6 +30,23 @@ class Run:
     @property
     def figures(self) -> Path:
         return self.folder / "figures"
+
+    @property
+    def source(self) -> str:
+        """The source that was named for the conversion, as an absolute path; "" for a model's own files."""
+        try:
+            return json.loads((self.folder / "run.json").read_text())["source"]
+        except (FileNotFoundError, ValueError, KeyError):
+            return ""
+
+    def remember(self, source: str | Path) -> None:
+        """Keep the source for the proofs to come. Beside the model, not in it: it is a path of this machine."""
+        path = self.folder / "run.json"
+        if source:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"source": str(Path(source).expanduser().resolve())}) + "\n")
+        else:
+            path.unlink(missing_ok=True)
 
     @property
     def report(self) -> Report:

@@ -24,6 +24,7 @@ settings.register_profile(
     "kit", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("kit")
+torch.set_num_threads(1)  # twins are small, and threads that wait for each other are slow on a busy machine
 
 _BAR = re.compile(r"\d+%\||^(verify|LAVIS): \d\d:\d\d")
 
@@ -58,7 +59,7 @@ def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]
         save_file(tensors, path, metadata={"format": "pt"})
     else:
         content = torch.load(path, weights_only=True)
-        change(content["model"] if "model" in content else content)
+        change(content.get("model", content))
         torch.save(content, path)
     return path
 

@@ -11,6 +11,7 @@ import nbformat
 import pytest
 import torch
 
+import blip2nb
 from blip2nb.models.files import own_files
 from blip2nb.notebook import assigned, refuse_undeclared
 from blip2nb.variants import variant
@@ -129,6 +130,16 @@ def test_without_lavis_and_a_fitting_recording_the_weights_alone_are_proven(own_
     assert "weights_only" in text
     assert "blip2nb capture tiny-blip2-opt-2.7b" in text
     assert pictures == 1
+
+
+@pytest.mark.lavis
+def test_the_command_that_completes_the_proof_completes_it(own_checkpoint, tmp_path):
+    run = blip2nb.convert("tiny-blip2-opt-2.7b", own_checkpoint, output_dir=tmp_path)
+    report = blip2nb.verify(run, lavis_python="none", figures=False)
+    assert report.verdict == "weights_only"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    subprocess.run(report["complete_with"], shell=True, check=True, env={**os.environ, "PATH": path}, cwd=tmp_path)
+    assert run.report.verdict == "explained"
 
 
 @pytest.mark.lavis

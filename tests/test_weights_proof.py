@@ -230,7 +230,7 @@ def test_any_one_flipped_bit_is_found_and_its_tensor_named(model_copy: Converted
 
 
 TENSOR = "qformer.encoder.layer.1.attention.output.LayerNorm.bias"
-SOURCE = "Qformer.bert.encoder.layer.1.attention.output.LayerNorm.bias"
+NAMED = "layer.1.attention.output.LayerNorm.bias"  # in either library's words
 FUSED = "vision_model.encoder.layers.4.self_attn.qkv.bias"
 
 
@@ -245,9 +245,9 @@ DAMAGES: dict[str, tuple[Callable[[dict], object], str]] = {
         lambda tensors: tensors.update({"language_model.lm_head.weight": torch.zeros(512, 40, dtype=torch.float16)}),
         "language_model.lm_head.weight",
     ),
-    "another_shape": (lambda tensors: tensors.update({TENSOR: tensors[TENSOR][1:].clone()}), SOURCE),
-    "not_a_number": (lambda tensors: tensors[TENSOR].fill_(float("nan")), SOURCE),
-    "another_value": (lambda tensors: tensors[TENSOR].add_(1e-3), SOURCE),
+    "another_shape": (lambda tensors: tensors.update({TENSOR: tensors[TENSOR][1:].clone()}), NAMED),
+    "not_a_number": (lambda tensors: tensors[TENSOR].fill_(float("nan")), NAMED),
+    "another_value": (lambda tensors: tensors[TENSOR].add_(1e-3), NAMED),
     "key_bias": (key_bias, FUSED),
 }
 

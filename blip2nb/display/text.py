@@ -5,9 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from blip2nb.runs import Run
+if TYPE_CHECKING:
+    from blip2nb.runs import Run
 
 VERDICTS = {
     "match": "the same model",
@@ -23,7 +24,7 @@ def describe(run: Run) -> str:
     lines = [f"{report['model_name']}: {report['verdict']} ({VERDICTS[report['verdict']]})", "", report["summary"], ""]
     lines += [f"  {label:<22}{value}" for label, value in numbers(report)]
     if report["proof"] == "weights":
-        lines += ["", f"To complete the proof: blip2nb capture {report['model_name']} && blip2nb verify {run.model}"]
+        lines += ["", "To complete the proof, where LAVIS is installed (`make lavis`):", f"  {report['complete_with']}"]
     for known in report["known_differences"]:
         lines += ["", f"{known['words']} ({known['id']})", f"  {known['why']}", f"  remedy: {known['fix']}"]
     lines += ["", "Where things are"]
@@ -99,8 +100,13 @@ def verdict_html(report: Mapping[str, Any]) -> str:
         f"<tr><th align='left'>{html.escape(label)}</th><td align='left'>{html.escape(value)}</td></tr>"
         for label, value in numbers(report)
     )
+    completion = ""
+    if report.get("complete_with"):
+        completion = (
+            f"<p>To complete the proof, where LAVIS is installed:</p><pre>{html.escape(report['complete_with'])}</pre>"
+        )
     return (
         f"<div style='border-left:4px solid {colour};padding-left:12px'><strong>{html.escape(report['model_name'])}: "
         f"{html.escape(report['verdict'])}</strong> ({VERDICTS[report['verdict']]})"
-        f"<p>{html.escape(report['summary'])}</p><table>{rows}</table></div>"
+        f"<p>{html.escape(report['summary'])}</p><table>{rows}</table>{completion}</div>"
     )

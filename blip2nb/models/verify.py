@@ -41,12 +41,13 @@ CAPTION_MODES: dict[str, dict[str, Any]] = {
 beam's score by different lengths, so only the first two must agree."""
 
 
-def verify(folder: Path, tape: Tape | None, progress: Progress | None = None) -> Report:
+def verify(folder: Path, tape: Tape | None, completion: str = "", progress: Progress | None = None) -> Report:
     """Prove a converted directory.
 
     Args:
         folder: the converted directory.
         tape: LAVIS's recording on the same weights; without one only the weights are proven.
+        completion: the commands that add the second proof, for a report that has only the first.
         progress: called with a word at each step.
 
     Raises:
@@ -77,7 +78,9 @@ def verify(folder: Path, tape: Tape | None, progress: Progress | None = None) ->
         "versions": {"converted with": dict(manifest.versions), "checked with": _versions()},
     }
     arrays: dict[str, np.ndarray] = {}
-    if tape is not None:
+    if tape is None:
+        content["complete_with"] = completion
+    else:
         content["versions"]["reference"] = tape.metadata["versions"]
         _prove_behaviour(folder, model, tape, content, arrays, say)
     content |= _verdict(content)
@@ -399,20 +402,16 @@ def _logits_arrays(
 
 def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
     """match, explained, diverges or weights_only, the causes, and the sentence a person reads."""
-    weights, name = content["weights"], content["model_name"]
+    weights = content["weights"]
     problems = (
         weights["missing"] + weights["unexpected"] + weights["roundtrip_differences"] + weights["modules_different"]
     )
     weights_fine = not problems and weights["roundtrip"] is not False and weights["modules_equal"] is not False
     if not weights_fine:
-        return _answer(
-            "diverges", [], f"The weights differ: {problems[0]} ({len(problems)} in all). No activation can be right."
-        )
+        return _answer("diverges", [], f"The weights are not the source's: {problems[0]} ({len(problems)} in all).")
     if content["proof"] == "weights":
-        sentence = (
-            f"All {weights['written']} tensors are accounted for and go back bit for bit. Behaviour was not compared: "
-            f"record the reference with `blip2nb capture {name}`, then run `blip2nb verify` again."
-        )
+        back = " and go back bit for bit" if weights["roundtrip"] else ""
+        sentence = f"All {weights['written']} tensors are accounted for{back}. Behaviour was not compared with LAVIS's."
         return _answer("weights_only", [], sentence)
     faults = [stage for stage in content["stages"] if _faulty(stage, content["threshold"])]
     left = [stage for stage in content["stages"] if stage["fixed"] and _faulty(stage["fixed"], content["threshold"])]
