@@ -26,7 +26,7 @@ settings.register_profile(
 settings.load_profile("kit")
 torch.set_num_threads(1)  # twins are small, and threads that wait for each other are slow on a busy machine
 
-_BAR = re.compile(r"\d+%\||^(verify|LAVIS): \d\d:\d\d")
+_BAR = re.compile(r"\d+%\||\[\d\d:\d\d\]\s*$")
 
 
 @dataclasses.dataclass(frozen=True)

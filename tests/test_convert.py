@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Blip2ForConditionalGeneration, GenerationConfig
 
 from blip2nb import api
+from blip2nb.errors import RequestError
 from blip2nb.models.files import own_files
 from blip2nb.models.inputs import demo_image
 from blip2nb.runs import Run
@@ -175,6 +176,15 @@ def test_a_directory_that_lost_a_file_is_not_taken_for_finished(model_copy: Conv
     assert {path.name for path in model.iterdir()} == before
 
 
+def test_a_directory_that_lost_a_file_but_is_another_models_is_still_refused(model_copy: Converted):
+    model = model_copy(T5).model
+    (model / "config.json").unlink()
+    there = snapshot(model)
+    with pytest.raises(RequestError, match="holds another run's model"):
+        api.convert(OPT, output=model)
+    assert snapshot(model) == there
+
+
 def louder(tensors: dict[str, torch.Tensor]) -> None:
     tensors["ln_vision.weight"] += 1
 
@@ -193,7 +203,7 @@ def test_other_weights_in_the_same_folder_are_refused_and_overwrite_replaces_the
     assert {name for name, value in digests(model).items() if value != before[name]} == {
         "vision_model.post_layernorm.weight"
     }
-    assert [path.name for path in model.parent.iterdir()] == [model.name]
+    assert {path.name for path in model.parent.iterdir()} == {model.name, "run.json"}
 
 
 def test_a_checkpoint_is_laid_over_the_models_own_files(converted: Converted, source_copy, tmp_path: Path):

@@ -77,8 +77,10 @@ def run(model, digests, request, progress=None):
     with torch.no_grad(), _plain_float32(model):
         with recording(model, request["places"]) as recorded:
             model(dict(request["texts"], image=pixels[:1]))
-        say("captioning")
-        captions = {mode: caption(model, pixels, **options) for mode, options in CAPTION_MODES.items()}
+        captions = {}
+        for mode, options in CAPTION_MODES.items():
+            say("captioning, {}".format(mode))
+            captions[mode] = caption(model, pixels, **options)
     recorded["pixel_values"] = pixels[:1].cpu()
     for number, path in enumerate(request["images"]):
         with open(path, "rb") as file:
