@@ -14,7 +14,7 @@ from blip2nb.report import Report
 from blip2nb.runs import Run, find_run, new_run, run_of_model
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant, variant
-from blip2nb.weights.convert import CASTS, MANIFEST, Manifest
+from blip2nb.weights.convert import CASTS, LOSSY, MANIFEST, Manifest
 from blip2nb.weights.mapping import plan
 from blip2nb.weights.sources import Files, Union, open_model, shapes
 from blip2nb.weights.writer import parse_size, whole_directory
@@ -134,7 +134,7 @@ def verify(
     Args:
         target: a converted directory, a run's folder or name, or what `convert` returned.
         proof: "weights" compares the weights alone; "both" also behaviour, for which it needs a tape or LAVIS; "auto"
-            does what is possible.
+            does what is possible, which for weights that were cast to half precision is the first alone.
         tape: a recording to compare with; one that fits is found (the run's own, or one that ships with the kit), or
             made where LAVIS is at hand.
         source, lavis_python, device, notebook: for making one, as for `capture`.
@@ -209,12 +209,29 @@ def _reusable(run: Run, wanted: Variant, opened: Union, files: Files, dtype: str
     if same and (
         _stamps(files) == [dict(one) for one in held.files] or held.weights_hash == _weights_hash(wanted, opened)
     ):
-        log.info("%s already holds this conversion, byte for byte from the same files; kept", run.model)
-        return True
+        if _whole(run.model):
+            log.info("%s already holds this conversion, byte for byte from the same files; kept", run.model)
+            return True
+        log.info("%s lost a file since it was converted; converting again", run.model)
+        return False
     raise RequestError(
         f"{run.model} holds another run's model ({held.model}, dtype {held.dtype}, weights {held.weights_hash[:12]}), "
         f"not the {wanted.name} asked for. Give this one its own run_name or --output, or replace it with overwrite."
     )
+
+
+_ALWAYS = ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+def _whole(folder: Path) -> bool:
+    """Whether every file that `convert` writes is there, and every shard."""
+    from blip2nb.weights.sources import open_folder
+
+    try:
+        open_folder(folder)
+    except RequestError:
+        return False
+    return all((folder / name).is_file() for name in _ALWAYS)
 
 
 def _weights_hash(wanted: Variant, opened: Union) -> str:
@@ -234,16 +251,17 @@ def _stamps(files: Files) -> list[dict[str, Any]]:
 def _write(run: Run, wanted: Variant, opened: Union, files: Files, dtype: str, max_shard_size: str | int) -> None:
     from tqdm import tqdm
 
-    from blip2nb.models.huggingface import read_language_config, write_configuration
+    from blip2nb.models.huggingface import load_tokenizer, read_language_config, write_configuration
     from blip2nb.weights.convert import target_size, write_weights
 
     work = plan(wanted, shapes(opened))
     read_language_config(wanted, files.language)
+    load_tokenizer(wanted, files.language)
     bar = tqdm(total=target_size(work, opened, dtype), unit="B", unit_scale=True, desc=f"convert {wanted.name}")
     with bar, whole_directory(run.model) as folder:
         manifest = write_weights(work, opened, folder, dtype, max_shard_size, progress=bar.update)
         manifest = dataclasses.replace(manifest, files=tuple(_stamps(files)))
-        write_configuration(wanted, files.language, folder)
+        write_configuration(wanted, files.language, folder, dtype if dtype in LOSSY else "float32")
         manifest.write(folder)
     log.info("wrote %s", run.model)
 
@@ -252,8 +270,14 @@ def _hub_token(repository: str) -> str | None:
     if not repository:
         return None
     from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if repository.count("/") != 1 or not all(repository.split("/")):
+    try:
+        validate_repo_id(repository)
+        valid = repository.count("/") == 1 and all(repository.split("/"))
+    except HFValidationError:
+        valid = False
+    if not valid:
         raise RequestError(f"--push-to-hub should name a repository such as user/blip2-opt-2.7b, found {repository!r}.")
     token = get_token()
     if token is None:
@@ -287,7 +311,7 @@ def _tape(
     notebook: bool,
 ) -> Tape | None:
     """The recording to compare with: the one given, one that fits, or one made now. None where that cannot be."""
-    if proof == "weights":
+    if proof == "weights" or (proof == "auto" and manifest.dtype in LOSSY and not given):
         return None
     if given:
         return _open_tape(Path(given).expanduser())
@@ -308,7 +332,9 @@ def _tape(
 
 
 def _completion(run: Run, manifest: Manifest, source: str | Path) -> str:
-    """The commands that add the second proof to a run that has only the first."""
+    """The commands that add the second proof to a run that has only the first; none where it was cast."""
+    if manifest.dtype in LOSSY:
+        return ""  # it differs from LAVIS's on purpose: the conversion to prove is the one with dtype auto
     words = ["blip2nb", "capture", manifest.model, *(["--source", str(source)] if source else [])]
     words += ["--output", str(run.tape_path)]
     again = ["blip2nb", "verify", str(run.model), "--tape", str(run.tape_path), "--output", str(run.folder)]

@@ -51,7 +51,11 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except TyperException as error:
-        error.show()  # type: ignore[attr-defined]
+        said = error.format_message()  # type: ignore[attr-defined]
+        if said:
+            print(f"blip2nb: {said} See `blip2nb --help`.", file=sys.stderr)
+        else:
+            error.show()  # type: ignore[attr-defined]  # no command at all: the help itself
         sys.exit(RequestError.exit_status)
     except Blip2nbError as error:
         print(f"blip2nb: {error}", file=sys.stderr)

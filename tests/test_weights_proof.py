@@ -276,3 +276,26 @@ def test_a_lossy_cast_is_said_to_be_one(tmp_path: Path, how: str):
 def test_a_lossless_cast_goes_back_bit_for_bit(tmp_path: Path):
     found = proof(api.convert(OPT, output=tmp_path / "model", dtype="float32"))
     assert (found["roundtrip"], found["modules_equal"]) == (True, True)
+
+
+def test_a_cast_model_is_not_compared_unless_that_is_asked_for(tmp_path: Path):
+    run = api.convert(T5, output=tmp_path / "model", dtype="bfloat16")
+    report = api.verify(run, figures=False)
+    assert report.verdict == "weights_only"
+    assert report["complete_with"] == ""
+    assert json.loads((run.model / "config.json").read_text())["dtype"] == "bfloat16"
+    asked = api.verify(run, proof="both", figures=False)
+    assert asked.verdict == "diverges"
+    assert "cast to bfloat16" in asked["first_divergence"]["cause"]
+
+
+def test_a_fault_beside_the_known_difference_is_the_one_that_is_named(model_copy):
+    run = model_copy(OPT)
+    config = json.loads((run.model / "config.json").read_text())
+    config["qformer_config"]["layer_norm_eps"] = 1e-5  # LAVIS's is 1e-12
+    (run.model / "config.json").write_text(json.dumps(config))
+    report = api.verify(run, figures=False)
+    assert report.verdict == "diverges"
+    assert report["weights"]["modules_equal"] is True
+    assert report["first_divergence"]["stage"] == "qformer.embeddings"
+    assert "qformer.layernorm.eps is 1e-05, the reference has 1e-12" in report["summary"]

@@ -16,6 +16,7 @@ import torch
 from conftest import Outcome, edit_weights, snapshot
 
 from blip2nb import api
+from blip2nb.errors import RequestError
 from blip2nb.models.files import own_files
 from blip2nb.runs import Run
 from blip2nb.variants import variant
@@ -382,3 +383,22 @@ def test_without_lavis_both_proofs_are_refused_and_the_weights_are_still_proven(
         assert "make lavis" in said
     ended = command("verify", model, "--no-figures", "--json")
     assert (ended.status, json.loads(ended.out)["verdict"]) == (0, "weights_only")
+
+
+def test_a_tokenizer_that_lost_its_configuration_is_refused_before_any_weight_is_written(tmp_path: Path, source_copy):
+    """Without tokenizer_config.json transformers would read OPT's tokenizer and quietly leave out the first token."""
+    folder = source_copy(OPT)
+    (folder / "opt-2.7b" / "tokenizer_config.json").unlink()
+    with pytest.raises(RequestError, match=r"should put token \d+ at the start of a text"):
+        api.convert(OPT, folder, tmp_path / "model")
+    assert not list(tmp_path.glob("*model*"))
+
+
+def test_whole_numbers_in_place_of_weights_are_refused(tmp_path: Path, source_copy):
+    folder = source_copy(OPT)
+    content = torch.load(checkpoint(folder), weights_only=True)
+    content["model"]["query_tokens"] = content["model"]["query_tokens"].to(torch.int64)
+    torch.save(content, checkpoint(folder))
+    with pytest.raises(RequestError, match="floating-point weights were expected"):
+        api.convert(OPT, folder, tmp_path / "model")
+    assert not list(tmp_path.glob("*model*"))

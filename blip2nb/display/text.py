@@ -23,7 +23,7 @@ def describe(run: Run) -> str:
     report = run.report.content
     lines = [f"{report['model_name']}: {report['verdict']} ({VERDICTS[report['verdict']]})", "", report["summary"], ""]
     lines += [f"  {label:<22}{value}" for label, value in numbers(report)]
-    if report["proof"] == "weights":
+    if report.get("complete_with"):
         lines += ["", "To complete the proof, where LAVIS is installed (`make lavis`):", f"  {report['complete_with']}"]
     for known in report["known_differences"]:
         lines += ["", f"{known['words']} ({known['id']})", f"  {known['why']}", f"  remedy: {known['fix']}"]

@@ -63,16 +63,17 @@ def load(folder: Path, device: str = "cpu", dtype: str = "float32", attn_impleme
     return Loaded(model.to(device).eval(), processor)
 
 
-def write_configuration(variant: Variant, language: Path, folder: Path) -> None:
+def write_configuration(variant: Variant, language: Path, folder: Path, dtype: str = "float32") -> None:
     """Write config.json, generation_config.json and the processor's files into `folder`.
 
     Args:
         language: the language model's hub folder, with config.json and tokenizer.
+        dtype: what `from_pretrained` is to load the weights as, unless it is told otherwise.
 
     Raises:
         RequestError: the language model's folder lacks its configuration or tokenizer, or they do not fit.
     """
-    tokenizer = load_tokenizer(language)
+    tokenizer = load_tokenizer(variant, language)
     newline = tokenizer("\n", add_special_tokens=False).input_ids
     write_processor(variant, tokenizer, folder)
     image_token = tokenizer.convert_tokens_to_ids("<image>")
@@ -84,6 +85,7 @@ def write_configuration(variant: Variant, language: Path, folder: Path) -> None:
     config = model_config(
         variant, read_language_config(variant, language), image_token, newline[0] if newline else None
     )
+    config["dtype"] = dtype
     _write_json(folder / "config.json", config)
     text = config["text_config"]
     ends = {
@@ -180,19 +182,33 @@ def read_language_config(variant: Variant, folder: Path) -> dict[str, Any]:
     return config
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(variant: Variant, folder: Path) -> PreTrainedTokenizerBase:
     """The language model's tokenizer from its folder, no network, no remote code.
 
     Raises:
-        RequestError: there is none.
+        RequestError: there is none, or it does not begin and end a text as the language model expects.
     """
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
+        # transformers would make an empty tokenizer of it, without a word
+        raise RequestError(
+            f"{folder} should hold the language model's tokenizer too: tokenizer.json, vocab.json with merges.txt, or "
+            "spiece.model. Copy it from the language model's hub page."
+        )
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        ids = tokenizer("a").input_ids
+    except Exception as error:  # the tokenizers library raises nothing narrower
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RequestError(f"{folder} should hold the language model's tokenizer too ({first}).") from error
+    place, wanted = (0, tokenizer.bos_token_id) if variant.language.kind == "opt" else (-1, tokenizer.eos_token_id)
+    if ids[place] != wanted:
+        raise RequestError(
+            f"{folder}: the tokenizer should put token {wanted} at the {'end' if place else 'start'} of a text, "
+            "and does not. Its tokenizer_config.json is missing or another model's; copy it from the hub page."
+        )
+    return tokenizer
 
 
 def write_processor(variant: Variant, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

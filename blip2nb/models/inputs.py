@@ -38,10 +38,16 @@ def demo_image() -> Image.Image:
     return image
 
 
-def demo_images() -> list[Image.Image]:
-    """The demo image and five variations of it. The first is the one whose activations are recorded; all six are
-    captioned, since one caption proves little."""
+def demo_images(variant: Variant) -> list[Image.Image]:
+    """What a variant is shown: the demo image, and for a twin five variations of it.
+
+    The first is the one whose activations are recorded; all are captioned. With small random weights one caption
+    proves little. At full size one has to do: LAVIS loses its cache on the transformers it pins and computes the whole
+    sequence again for every token, so that a caption takes minutes.
+    """
     demo = demo_image()
+    if not variant.twin:
+        return [demo]
     return [
         demo,
         ImageOps.mirror(demo),

@@ -20,7 +20,7 @@ from blip2nb.trace.comparison import Comparison, compare
 from blip2nb.trace.diagnose import AttributeDifference, attribute_differences, repaired
 from blip2nb.trace.metrics import compare_logits, kl_per_position
 from blip2nb.variants import Variant, variant
-from blip2nb.weights.convert import Manifest, inverse_tensors
+from blip2nb.weights.convert import LOSSY, Manifest, inverse_tensors
 from blip2nb.weights.hashing import digest_as
 from blip2nb.weights.mapping import MappingError, Plan, entries
 from blip2nb.weights.sources import open_folder, shapes
@@ -80,6 +80,8 @@ def verify(folder: Path, tape: Tape | None, completion: str = "", progress: Prog
     arrays: dict[str, np.ndarray] = {}
     if tape is None:
         content["complete_with"] = completion
+    elif any(content["weights"][what] for what in ("missing", "unexpected", "misshapen")):
+        content["proof"] = "weights"  # it does not load whole, so there is nothing to run
     else:
         content["versions"]["reference"] = tape.metadata["versions"]
         _prove_behaviour(folder, model, tape, content, arrays, say)
@@ -97,12 +99,15 @@ def prove_weights(folder: Path, manifest: Manifest, model: Variant, tape: Tape |
     held = shapes(saved)
     expected = _parameters_of(folder)
     tied = {entry.target for entry in entries(model) if entry.kind == "Tied"}
+    expected = {name: shape for name, shape in expected.items() if name not in tied}
     roundtrip, differences = _round_trip(folder, manifest, model)
-    equal, different, checked = _modules(saved, model, tape)
+    lossy = manifest.dtype in LOSSY  # LAVIS's hashes are of the tensors before the cast
+    equal, different, checked = _modules(saved, model, None if lossy else tape)
     return {
         "written": len(held),
-        "missing": sorted(name for name in expected if name not in held and name not in tied),
+        "missing": sorted(name for name in expected if name not in held),
         "unexpected": sorted(name for name in held if name not in expected),
+        "misshapen": sorted(name for name in held if name in expected and held[name] != expected[name]),
         "dropped": dict(manifest.dropped),
         "tied": dict(manifest.tied),
         "unused": dict(manifest.unused),
@@ -117,19 +122,26 @@ def prove_weights(folder: Path, manifest: Manifest, model: Variant, tape: Tape |
     }
 
 
-def _parameters_of(folder: Path) -> set[str]:
-    """The names in transformers' own state dict for this configuration."""
+def _parameters_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The names and shapes in transformers' own state dict for this configuration."""
     from transformers import Blip2Config, Blip2ForConditionalGeneration
 
+    try:
+        config = Blip2Config.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        first = str(error).splitlines()[0]
+        raise RequestError(f"{folder / 'config.json'} is damaged ({first}). Convert again with --overwrite.") from error
     with torch.device("meta"):
-        return set(Blip2ForConditionalGeneration(Blip2Config.from_pretrained(folder)).state_dict())
+        state = Blip2ForConditionalGeneration(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _round_trip(folder: Path, manifest: Manifest, model: Variant) -> tuple[bool | None, list[str]]:
     """Whether the inverse rules give back every tensor that was read, bit for bit. None after a lossy cast."""
-    if manifest.dtype in ("float16", "bfloat16"):
+    if manifest.dtype in LOSSY:
         return None, []
-    whole = [entry for entry in entries(model) if not entry.optional]
+    held = set(open_folder(folder).names())  # what is missing is reported as that
+    whole = [entry for entry in entries(model) if not entry.optional and entry.target in held]
     seen, differences = set(), []
     try:
         for name, tensor in inverse_tensors(folder, Plan(model, tuple(whole), (), (), {})):
@@ -140,7 +152,8 @@ def _round_trip(folder: Path, manifest: Manifest, model: Variant) -> tuple[bool 
         differences.append(str(error))
     except KeyError as error:
         differences.append(f"{error.args[0]} is not in the directory")
-    differences += [name for name in manifest.parameters if name not in seen] if not differences else []
+    gone = [name for name in manifest.parameters if name not in seen]
+    differences += [] if differences else [f"{name} cannot be computed back" for name in gone]
     return not differences, differences
 
 
@@ -333,15 +346,18 @@ def _first_divergence(
     unknown: Sequence[AttributeDifference],
     content: Mapping[str, Any],
 ) -> dict[str, Any] | None:
-    first = shipped.first_divergence
-    if first is None:
+    if not shipped.faults:
         return None
+    accounted = {name for one in content["known_differences"] for name in one["explains"]}
+    first = next((fault for fault in shipped.faults if fault.name not in accounted), shipped.faults[0])
     explained = [one for one in content["known_differences"] if first.name in one["explains"]]
     if explained:
         cause = f"{explained[0]['words']}: LAVIS {explained[0]['lavis']}, transformers {explained[0]['transformers']}"
     else:
         named = [str(one) for one in unknown if one.stage == first.name]
         weights = [one for one in content["weights"]["modules_different"] if first.module in one]
+        if content["weights"]["dtype"] in LOSSY:
+            weights = [f"the weights were cast to {content['weights']['dtype']}"]
         cause = "; ".join(named + weights) or "unknown: weights and attributes of this stage are the reference's"
     return {
         "stage": first.name,
@@ -404,13 +420,18 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
     """match, explained, diverges or weights_only, the causes, and the sentence a person reads."""
     weights = content["weights"]
     problems = (
-        weights["missing"] + weights["unexpected"] + weights["roundtrip_differences"] + weights["modules_different"]
+        [f"{name} is missing" for name in weights["missing"]]
+        + [f"{name} does not belong to the model" for name in weights["unexpected"]]
+        + [f"{name} has another shape" for name in weights["misshapen"]]
+        + weights["roundtrip_differences"]
+        + weights["modules_different"]
     )
     weights_fine = not problems and weights["roundtrip"] is not False and weights["modules_equal"] is not False
     if not weights_fine:
         return _answer("diverges", [], f"The weights are not the source's: {problems[0]} ({len(problems)} in all).")
     if content["proof"] == "weights":
-        back = " and go back bit for bit" if weights["roundtrip"] else ""
+        cast = f", cast to {weights['dtype']} on request and so with no way back"
+        back = " and go back bit for bit" if weights["roundtrip"] else cast
         sentence = f"All {weights['written']} tensors are accounted for{back}. Behaviour was not compared with LAVIS's."
         return _answer("weights_only", [], sentence)
     faults = [stage for stage in content["stages"] if _faulty(stage, content["threshold"])]

@@ -82,7 +82,7 @@ def prepare(folder: Path, model: Variant, files: Files, source: str, device: str
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in _FILES.items():
         shutil.copyfile(path, folder / name)
-    images = inputs.demo_images()
+    images = inputs.demo_images(model)
     words = inputs.texts(model)
     names = []
     for number, image in enumerate(images):

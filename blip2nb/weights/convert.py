@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 MANIFEST = "blip2nb.json"
+LOSSY = ("float16", "bfloat16")
 CASTS = {"auto": None, "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -129,11 +130,7 @@ def _target(entry: Entry, source: Source, slot: Slot, parameters: dict[str, str]
     read = []
     for name in entry.sources:
         tensor = source.tensor(name)
-        if not bool(tensor.isfinite().all()):
-            raise RequestError(
-                f"{name} in {source.origin(name).name} holds {int((~tensor.isfinite()).sum())} NaN or infinite values; "
-                "finite weights were expected. Use a checkpoint from before the training diverged."
-            )
+        _require_sound(source, name, tensor)
         parameters[name] = digest(tensor)
         read.append(tensor)
     tensor = entry.rule.forward(*read)
@@ -148,10 +145,26 @@ def _target(entry: Entry, source: Source, slot: Slot, parameters: dict[str, str]
     return cast
 
 
+def _require_sound(source: Source, name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise RequestError(
+            f"{name} in {source.origin(name).name} is {DTYPE_NAMES[tensor.dtype]}; floating-point weights were "
+            "expected. "
+            "Quantised checkpoints cannot be converted; use the one they were made from."
+        )
+    if not bool(tensor.isfinite().all()):
+        raise RequestError(
+            f"{name} in {source.origin(name).name} holds {int((~tensor.isfinite()).sum())} NaN or infinite values; "
+            "finite weights were expected. Use a checkpoint from before the training diverged."
+        )
+
+
 def _check_left_out(plan: Plan, source: Source) -> None:
     """Nothing is dropped on trust: an alias must equal its original (as cast), a buffer what would be recomputed."""
     import torch
 
+    for name in dict.fromkeys(str(entry.of) for entry in plan.tied):
+        _require_sound(source, name, source.tensor(name))
     for entry in plan.tied:
         alias, original = source.tensor(entry.sources[0]), source.tensor(str(entry.of))
         if not torch.equal(alias, original.to(alias.dtype)):
@@ -175,7 +188,10 @@ def inverse_tensors(model: Path, plan: Plan) -> Iterator[tuple[str, torch.Tensor
     """
     saved = open_folder(model)
     for entry in plan.written:
-        back = entry.rule.inverse(saved.tensor(str(entry.target)))
+        try:
+            back = entry.rule.inverse(saved.tensor(str(entry.target)))
+        except MappingError as error:
+            raise MappingError(str(error).replace(str(entry.rule.target), str(entry.target), 1)) from error
         yield from zip(entry.sources, back, strict=True)
 
 

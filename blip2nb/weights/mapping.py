@@ -74,7 +74,7 @@ class FuseQueryValueBias:
     def inverse(self, fused: Tensor) -> tuple[Tensor, Tensor]:
         """The two halves again. Raises MappingError unless the key's third is exactly zero."""
         query, key, value = fused.chunk(3)
-        if bool((key != 0).any()):
+        if bool((key != 0).any()) or bool(key.signbit().any()):
             raise MappingError(
                 f"{self.target}: the key's third of a fused bias should be zero, found up to {key.abs().max():.3g}. "
                 "LAVIS has no key bias, so this tensor cannot go back."
@@ -343,7 +343,7 @@ def plan(variant: Variant, shapes: Mapping[str, tuple[int, ...]], table: Iterabl
     missing = [name for name, entry in by_source.items() if name not in shapes and not entry.optional]
     misshapen = [name for name in by_source if name in shapes and tuple(shapes[name]) != by_source[name].source_shape]
     if unknown or missing or misshapen:
-        other = recognise({name: shape for name, shape in shapes.items() if name not in unused})
+        other = recognise(shapes)
         if other is not None and other != variant.name and table is None:
             raise RequestError(
                 f"These weights belong to another variant: expected {variant.name}, found what {other} holds "
@@ -377,7 +377,10 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """
     for candidate in VARIANTS.values():
         expected = {name: entry for entry in entries(candidate) for name in entry.sources}
-        fits = all(name in expected and tuple(shape) == expected[name].source_shape for name, shape in shapes.items())
+        fits = all(
+            tuple(shape) == expected[name].source_shape if name in expected else unused_by(candidate, name) is not None
+            for name, shape in shapes.items()
+        )
         if fits and all(name in shapes for name, entry in expected.items() if not entry.optional):
             return candidate.name
     return None
@@ -425,9 +428,7 @@ def variant_sources(variant: Variant) -> dict[str, tuple[int, ...]]:
 
 def parameter_count(variant: Variant) -> int:
     """How many parameters the variant has, each tied tensor counted once."""
-    return sum(
-        math.prod(entry.source_shape) * len(entry.sources) for entry in entries(variant) if not entry.optional
-    )
+    return sum(math.prod(entry.source_shape) * len(entry.sources) for entry in entries(variant) if not entry.optional)
 
 
 def _count(names: list[str], one: str, many: str) -> str:

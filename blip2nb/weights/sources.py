@@ -88,7 +88,7 @@ class SafetensorsFile:
         return tuple(self._file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        return self._file.get_slice(name).get_dtype()
+        return _known_dtype(self.path, name, self._file.get_slice(name).get_dtype())
 
     def tensor(self, name: str) -> torch.Tensor:
         return self._file.get_tensor(name)
@@ -248,7 +248,7 @@ def _load_torch(path: Path) -> object:
             f"{': ' + reason.strip() if reason else ''}. Save it again as a plain dict of tensors, "
             'torch.save({"model": state_dict}, path), where you trust it.'
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a cut file makes torch's reader raise whatever its bytes spell
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RequestError(f"{path} is not a whole PyTorch file ({first}). Download or copy it again.") from error
 
@@ -256,6 +256,12 @@ def _load_torch(path: Path) -> object:
 def _dtype_name(path: Path, name: str, dtype: torch.dtype) -> str:
     from blip2nb.weights.hashing import DTYPE_NAMES
 
-    if dtype not in DTYPE_NAMES:
-        raise RequestError(f"{path}: {name} has dtype {dtype}, expected one of {', '.join(DTYPE_NAMES.values())}.")
-    return DTYPE_NAMES[dtype]
+    return _known_dtype(path, name, DTYPE_NAMES.get(dtype, str(dtype)))
+
+
+def _known_dtype(path: Path, name: str, dtype: str) -> str:
+    from blip2nb.weights.hashing import DTYPES
+
+    if dtype not in DTYPES:
+        raise RequestError(f"{path}: {name} has dtype {dtype}, expected one of {', '.join(DTYPES)}.")
+    return dtype

@@ -135,7 +135,11 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
     A reader therefore never sees a directory that looks finished and is not. What stood at `target` is replaced.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    new = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise RequestError(f"{target} cannot be made: {error.filename} is a file. Name another --output.") from error
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -152,6 +156,9 @@ def whole_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in new:
+            with contextlib.suppress(OSError):  # not empty: somebody else's by now
+                parent.rmdir()
         raise
 
 
