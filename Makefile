@@ -4,7 +4,7 @@ BIN := .venv/bin
 LAVIS_BIN := .venv-lavis/bin
 MODEL ?= tiny-blip2-opt-2.7b
 
-.PHONY: help demo test lint lab setup lavis tapes picture clean
+.PHONY: help demo test lint lab setup lavis twins tapes picture clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -29,6 +29,11 @@ lab: setup  ## JupyterLab on the notebooks
 setup: .venv/main.done  ## the main environment (.venv)
 
 lavis: .venv-lavis/lavis.done  ## the LAVIS environment (.venv-lavis) and its Jupyter kernel
+
+twins: setup  ## convert and prove all seven twins; the README's numbers
+	@for twin in $$($(BIN)/python -c "from blip2nb.variants import TWINS; print(*TWINS)"); do \
+		$(BIN)/blip2nb convert $$twin >/dev/null 2>&1 && $(BIN)/blip2nb verify $$twin --no-figures >/dev/null 2>&1; \
+		$(BIN)/blip2nb show $$twin | grep -E "^tiny|layers|logits|captions" || exit; done
 
 tapes: setup lavis  ## record the twins' reference recordings again, with LAVIS itself
 	for twin in $$($(BIN)/python -c "from blip2nb.variants import TWINS; print(*TWINS)"); do \

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import difflib
+import importlib.metadata
 import importlib.util
 import itertools
+import sys
 
 from blip2nb.errors import RequestError
 
@@ -35,12 +37,10 @@ def check_notebook(kernel: str = "python3") -> None:
 
 
 def _check_kernel(kernel: str) -> None:
-    here = "python3"
-    if importlib.util.find_spec("lavis") is not None:
-        here = "lavis"
-    if here != kernel:
+    old = int(importlib.metadata.version("transformers").split(".")[0]) < 5  # what LAVIS needs is far older
+    if (kernel == "lavis" and importlib.util.find_spec("lavis") is None) or (kernel != "lavis" and old):
         raise RequestError(
-            f"This notebook needs the kernel {kernel!r} and runs in the environment of {here!r}. "
+            f"This notebook needs the kernel {kernel!r}, which {sys.executable} is not. "
             "Choose Kernel > Change Kernel, or give papermill -k."
         )
 

@@ -102,10 +102,14 @@ def test_a_misspelt_parameter_is_refused_before_anything_runs(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_the_wrong_kernel_is_said_in_one_sentence(tmp_path):
-    done = papermill("lavis.ipynb", tmp_path / "out.ipynb", "-k", "python3", cwd=ROOT / "notebooks")
+@pytest.mark.parametrize(
+    ("notebook", "wrong", "right"), [("lavis", "python3", "lavis"), ("convert", "lavis", "python3")]
+)
+@pytest.mark.lavis
+def test_the_wrong_kernel_is_said_in_one_sentence(notebook, wrong, right, tmp_path):
+    done = papermill(f"{notebook}.ipynb", tmp_path / "out.ipynb", "-k", wrong, cwd=ROOT / "notebooks")
     assert done.returncode != 0
-    assert "needs the kernel 'lavis'" in done.stderr
+    assert f"needs the kernel '{right}'" in done.stderr
 
 
 @pytest.fixture(scope="module")
