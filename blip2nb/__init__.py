@@ -11,6 +11,7 @@ __all__ = ["Report", "Run", "Tape", "capture", "convert", "show", "variant", "ve
 
 _HOMES = {
     "capture": "api",
+    "check_proof": "api",
     "convert": "api",
     "draw": "api",
     "show": "api",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from blip2nb.runs import Run, find_run, new_run, run_of_model
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant, variant
 from blip2nb.weights.convert import CASTS, LOSSY, MANIFEST, Manifest
-from blip2nb.weights.mapping import plan
+from blip2nb.weights.mapping import parameter_count, plan
 from blip2nb.weights.sources import Files, Union, open_model, shapes
 from blip2nb.weights.writer import parse_size, whole_directory
 
@@ -48,7 +50,7 @@ def convert(
         output: the directory to write; outputs/<run_name>/model unless given.
         dtype: "auto" keeps every tensor's stored dtype and loses nothing; or float32, float16, bfloat16.
         max_shard_size: as in transformers, such as "5GB".
-        overwrite: replace a directory that holds something else.
+        overwrite: replace a directory that holds another conversion.
         push_to_hub: a repository (user/name) to upload to when done. The token comes from the environment or the
             hub's login.
 
@@ -66,11 +68,13 @@ def convert(
     parse_size(max_shard_size)
     run = run_of_model(Path(output).expanduser()) if output else new_run(wanted.name, source, run_name, output_dir)
     token = _hub_token(push_to_hub)
-    _check_place(run, overwrite)
+    _check_place(run)
     files = find_files(wanted, source)
+    _check_apart(run, files)
     opened = open_model(files, wanted)
-    if not _reusable(run, wanted, opened, files, dtype, overwrite):
-        _write(run, wanted, opened, files, dtype, max_shard_size)
+    recipe = _recipe(files, dtype, max_shard_size)
+    if not _reusable(run, wanted, opened, files, recipe, overwrite):
+        _write(run, wanted, opened, files, recipe)
     run.remember(source)
     if push_to_hub:
         _push(run.model, push_to_hub, token)
@@ -113,7 +117,7 @@ def capture(
     files = find_files(wanted, source)
     path = Path(output).expanduser().resolve() if output else run.tape_path
     with _steps("LAVIS") as say:
-        kind = "twin" if wanted.twin else Path(source).name if source else "released files"
+        kind = Path(source).name if source else "twin" if wanted.twin else "released files"
         return kernels.capture(wanted, files, path, lavis, kind, device, notebook, progress=say)
 
 
@@ -165,12 +169,34 @@ def verify(
     return report
 
 
+def check_proof(
+    proof: str, model: str, source: str = "", run_name: str = "", output_dir: str = "", lavis_python: str = ""
+) -> None:
+    """Whether the proof asked for can be made, before anything is converted.
+
+    Raises:
+        RequestError: there is no such proof, or "both" was asked for without LAVIS and without a recording.
+    """
+    from blip2nb.run import kernels
+
+    if proof not in PROOFS:
+        raise RequestError(f"The proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
+    wanted = variant(model)
+    recorded = new_run(wanted.name, source, run_name, output_dir).tape_path.is_file()
+    shipped = not source and (SHIPPED_TAPES / f"{wanted.name}.safetensors").is_file()
+    if proof == "both" and not recorded and not shipped and kernels.find_lavis(lavis_python) is None:
+        _require_lavis(lavis_python, wanted)
+
+
 def draw(run: Run) -> list[Path]:
     """Draw every figure that the run's report has data for into its figures/ folder."""
     from blip2nb.display import plots
 
     report = run.report
     run.figures.mkdir(parents=True, exist_ok=True)
+    for stem in plots.FIGURES:  # of an earlier report, which may have had data for more
+        for path in run.figures.glob(f"{stem}*"):
+            path.unlink()
     return plots.save(report.content, report.arrays, run.figures)
 
 
@@ -185,18 +211,24 @@ def show(target: str | Path | Run) -> str:
 # -- convert
 
 
-def _check_place(run: Run, overwrite: bool) -> None:
-    """Refuse early what would destroy something that is not ours to replace, or cannot be written."""
-    if overwrite or not run.model.exists() or (run.model / MANIFEST).is_file():
+def _check_place(run: Run) -> None:
+    """Refuse early what stands where the model should go and is not ours to replace, whatever was asked."""
+    if not run.model.exists() or (run.model / MANIFEST).is_file():
         return
     if not run.model.is_dir() or any(run.model.iterdir()):
-        raise RequestError(
-            f"{run.model} holds something that is not a conversion of this kit. "
-            "Name another --output, or add --overwrite."
-        )
+        raise RequestError(f"{run.model} holds something that is not a conversion of this kit. Name another --output.")
 
 
-def _reusable(run: Run, wanted: Variant, opened: Union, files: Files, dtype: str, overwrite: bool) -> bool:
+def _check_apart(run: Run, files: Files) -> None:
+    """Refuse an output that would replace, or end up in, the files it is made from."""
+    target = run.model.resolve()
+    for path in (files.vision, files.language, *files.checkpoints):
+        source = path.resolve()
+        if source.is_relative_to(target) or target.is_relative_to(source):
+            raise RequestError(f"{run.model} cannot be the output: {path} is read from there. Name another --output.")
+
+
+def _reusable(run: Run, wanted: Variant, opened: Union, files: Files, recipe: dict[str, str], overwrite: bool) -> bool:
     """Whether the directory already holds just this conversion.
 
     Raises:
@@ -205,19 +237,39 @@ def _reusable(run: Run, wanted: Variant, opened: Union, files: Files, dtype: str
     if overwrite or not (run.model / MANIFEST).is_file():
         return False
     held = Manifest.read(run.model)
-    same = held.model == wanted.name and held.dtype == dtype
-    if same and (
-        _stamps(files) == [dict(one) for one in held.files] or held.weights_hash == _weights_hash(wanted, opened)
-    ):
-        if _whole(run.model):
-            log.info("%s already holds this conversion, byte for byte from the same files; kept", run.model)
-            return True
-        log.info("%s lost a file since it was converted; converting again", run.model)
-        return False
-    raise RequestError(
-        f"{run.model} holds another run's model ({held.model}, dtype {held.dtype}, weights {held.weights_hash[:12]}), "
-        f"not the {wanted.name} asked for. Give this one its own run_name or --output, or replace it with overwrite."
-    )
+    if (held.model, held.dtype) != (wanted.name, recipe["dtype"]) or not _same_weights(held, wanted, opened, files):
+        raise RequestError(
+            f"{run.model} holds another run's model ({held.model}, dtype {held.dtype}, weights "
+            f"{held.weights_hash[:12]}), not the {wanted.name} asked for. "
+            "Give this one its own run_name or --output, or replace it with overwrite."
+        )
+    if dict(held.recipe) == recipe and _whole(run.model):
+        log.info("%s already holds this conversion of the same files; kept", run.model)
+        return True
+    log.info("%s was made of the same weights otherwise, or lost a file; converting again", run.model)
+    return False
+
+
+def _same_weights(held: Manifest, wanted: Variant, opened: Union, files: Files) -> bool:
+    return _stamps(files) == [dict(one) for one in held.files] or held.weights_hash == _weights_hash(wanted, opened)
+
+
+def _recipe(files: Files, dtype: str, max_shard_size: str | int) -> dict[str, str]:
+    """All but the weights that decides what is written: asked for, configured beside the weights, and by what."""
+    import hashlib
+    import importlib.metadata
+
+    from blip2nb import __version__
+
+    small = [path for path in files.language.iterdir() if path.suffix in (".json", ".txt", ".model")]
+    configuration = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted(small)))
+    return {
+        "dtype": dtype,
+        "max_shard_size": str(max_shard_size),
+        "configuration": configuration.hexdigest(),
+        "blip2nb": __version__,
+        "transformers": importlib.metadata.version("transformers"),
+    }
 
 
 _ALWAYS = ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -248,7 +300,7 @@ def _stamps(files: Files) -> list[dict[str, Any]]:
     return [{"name": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats]
 
 
-def _write(run: Run, wanted: Variant, opened: Union, files: Files, dtype: str, max_shard_size: str | int) -> None:
+def _write(run: Run, wanted: Variant, opened: Union, files: Files, recipe: dict[str, str]) -> None:
     from tqdm import tqdm
 
     from blip2nb.models.huggingface import load_tokenizer, read_language_config, write_configuration
@@ -257,13 +309,28 @@ def _write(run: Run, wanted: Variant, opened: Union, files: Files, dtype: str, m
     work = plan(wanted, shapes(opened))
     read_language_config(wanted, files.language)
     load_tokenizer(wanted, files.language)
-    bar = tqdm(total=target_size(work, opened, dtype), unit="B", unit_scale=True, desc=f"convert {wanted.name}")
+    dtype = recipe["dtype"]
+    size = target_size(work, opened, dtype)
+    _check_disk(run.model, size)
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"convert {wanted.name}")
     with bar, whole_directory(run.model) as folder:
-        manifest = write_weights(work, opened, folder, dtype, max_shard_size, progress=bar.update)
-        manifest = dataclasses.replace(manifest, files=tuple(_stamps(files)))
+        manifest = write_weights(work, opened, folder, dtype, recipe["max_shard_size"], progress=bar.update)
+        manifest = dataclasses.replace(manifest, files=tuple(_stamps(files)), recipe=recipe)
         write_configuration(wanted, files.language, folder, dtype if dtype in LOSSY else "float32")
         manifest.write(folder)
+    run.forget_proof()
     log.info("wrote %s", run.model)
+
+
+def _check_disk(target: Path, size: int) -> None:
+    """Raises RequestError when the files will not fit; configuration and headers are counted with 64 MB."""
+    place = next(path for path in target.parents if path.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < size + 64_000_000:
+        raise RequestError(
+            f"{target} needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there. "
+            "Make room, or name an --output on another disk."
+        )
 
 
 def _hub_token(repository: str) -> str | None:
@@ -314,11 +381,18 @@ def _tape(
     if proof == "weights" or (proof == "auto" and manifest.dtype in LOSSY and not given):
         return None
     if given:
-        return _open_tape(Path(given).expanduser())
+        tape = _open_tape(Path(given).expanduser())
+        unrecorded = _unrecorded(tape, manifest)
+        if unrecorded and tape.metadata["weights_hash"] == manifest.weights_hash:
+            raise RequestError(
+                f"{given} holds nothing for {unrecorded[0]} ({len(unrecorded)} places in all): "
+                f"it is of another model or of an older version. Record again with `blip2nb capture {manifest.model}`."
+            )
+        return tape
     for path in (run.tape_path, SHIPPED_TAPES / f"{manifest.model}.safetensors"):
         if path.is_file():
             found = _open_tape(path)
-            if found.metadata["weights_hash"] == manifest.weights_hash:
+            if found.metadata["weights_hash"] == manifest.weights_hash and not _unrecorded(found, manifest):
                 log.info("comparing with the recording %s", path.name)
                 return found
     from blip2nb.run import kernels
@@ -328,7 +402,36 @@ def _tape(
         if proof == "both":
             _require_lavis(lavis_python, wanted)
         return None
+    short = memory_short(wanted)
+    if short:
+        if proof == "both":
+            raise RequestError(f"{short} Use a larger machine, or --proof weights.")
+        log.info("%s Proving the weights alone.", short)
+        return None
     return capture(run, source, lavis_python=lavis_python, device=device, notebook=notebook)
+
+
+def _unrecorded(tape: Tape, manifest: Manifest) -> list[str]:
+    """The places that a comparison needs and the tape does not hold."""
+    from blip2nb.models.stages import stages
+    from blip2nb.trace.stage import places
+
+    return [place for place in places(stages(variant(manifest.model))) if place not in tape]
+
+
+def memory_short(wanted: Variant) -> str:
+    """A sentence when this machine cannot hold the model in float32, as both sides are compared; else ""."""
+    needed = parameter_count(wanted) * 4 * 1.25  # the weights, and a quarter for activations and the widest layer twice
+    try:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not a Unix: try and see
+        return ""
+    if needed <= max(available, 0.9 * total):  # what the disk cache holds is free too
+        return ""
+    return (
+        f"Running {wanted.name} in float32 takes {needed / 1e9:.0f} GB of memory; this machine has {total / 1e9:.0f}."
+    )
 
 
 def _completion(run: Run, manifest: Manifest, source: str | Path) -> str:
@@ -369,8 +472,12 @@ class _steps:
     def __enter__(self) -> Callable[[str], None]:
         from tqdm import tqdm
 
-        self._bar = tqdm(desc=self._title, bar_format="{desc} [{elapsed}]")
-        return lambda word: self._bar.set_description_str(f"{self._title}: {word}")
+        self._bar = tqdm(desc=self._title, bar_format="{desc} [{elapsed}]", mininterval=1.0)
+        return self._say
+
+    def _say(self, word: str) -> None:
+        self._bar.set_description_str(f"{self._title}: {word}", refresh=False)
+        self._bar.update()  # drawn at most once a second
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()

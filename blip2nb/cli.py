@@ -23,11 +23,11 @@ app = typer.Typer(
 )
 
 
-class Dtype(str, enum.Enum):
+class Dtype(enum.StrEnum):
     auto, float32, float16, bfloat16 = "auto", "float32", "float16", "bfloat16"
 
 
-class Proof(str, enum.Enum):
+class Proof(enum.StrEnum):
     auto, weights, both = "auto", "weights", "both"
 
 
@@ -254,9 +254,9 @@ def doctor(lavis_python: LavisPython = "", as_json: Json = False) -> None:
 
 
 def _print_json(content: Any) -> None:
-    from blip2nb.report import _finite
+    from blip2nb.report import finite
 
-    print(json.dumps(_finite(content), indent=1))
+    print(json.dumps(finite(content), indent=1))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import ast
 import difflib
 import importlib.metadata
 import importlib.util
-import itertools
 import sys
 
 from blip2nb.errors import RequestError
@@ -31,9 +30,9 @@ def check_notebook(kernel: str = "python3") -> None:
 
     shell = get_ipython()
     cells = shell.user_ns.get("In", []) if shell is not None else []
-    for before, cell in itertools.pairwise(cells):
-        if cell.startswith(_INJECTED):
-            refuse_undeclared(assigned(before), assigned(cell))
+    injected = [number for number, cell in enumerate(cells) if cell.startswith(_INJECTED)]
+    for number in injected:
+        refuse_undeclared(assigned(cells[injected[0] - 1]), assigned(cells[number]))
 
 
 def _check_kernel(kernel: str) -> None:
@@ -46,9 +45,13 @@ def _check_kernel(kernel: str) -> None:
 
 
 def assigned(code: str) -> list[str]:
-    """The names that a cell of plain assignments gives values to."""
-    names = []
-    for node in ast.parse(code).body:
+    """The names that a cell of plain assignments gives values to; none where it is not plain Python."""
+    names: list[str] = []
+    try:
+        body = ast.parse(code).body
+    except SyntaxError:
+        return names
+    for node in body:
         targets = (
             node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         )

@@ -64,7 +64,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
         arrays, text = folder / "arrays.safetensors", folder / "report.json"
         save_file(dict(self.arrays), f"{arrays}.partial")
-        Path(f"{text}.partial").write_text(json.dumps(_finite(self.content), indent=1, allow_nan=False) + "\n")
+        Path(f"{text}.partial").write_text(json.dumps(finite(self.content), indent=1, allow_nan=False) + "\n")
         os.replace(f"{arrays}.partial", arrays)
         os.replace(f"{text}.partial", text)
         return text
@@ -96,10 +96,10 @@ class Note(str):
         return f"<p><em>{html.escape(self)}</em></p>"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """NaN as null and infinity as INFINITE, since JSON has neither."""
     if isinstance(value, float):
         return None if math.isnan(value) else math.copysign(INFINITE, value) if math.isinf(value) else value
     if isinstance(value, Mapping):
-        return {name: _finite(one) for name, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
+        return {name: finite(one) for name, one in value.items()}
+    return [finite(one) for one in value] if isinstance(value, list | tuple) else value

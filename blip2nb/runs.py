@@ -48,6 +48,11 @@ class Run:
         else:
             path.unlink(missing_ok=True)
 
+    def forget_proof(self) -> None:
+        """Remove report and arrays: they are of a model that no longer stands here."""
+        for name in ("report.json", "arrays.safetensors"):
+            (self.folder / name).unlink(missing_ok=True)
+
     @property
     def report(self) -> Report:
         """Raises RequestError when the run was not verified yet."""

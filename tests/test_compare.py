@@ -274,3 +274,12 @@ def test_distances_are_relative_and_logits_are_judged_in_five_ways():
     assert judged["max_abs"] == 4
     assert judged["kl"] > 1
     assert compare_logits(a + 1, a)["kl"] == pytest.approx(0, abs=1e-12)  # a constant changes no probability
+
+
+def test_a_forward_that_a_module_had_of_its_own_comes_back(toys):
+    reference, _ = toys
+    reference.head.forward = lambda x: x + 1  # as some libraries put there
+    with recording(reference, ["head"]) as recorded, torch.no_grad():
+        reference(torch.tensor([[1]]))
+    assert "head" in recorded
+    assert reference.head.forward(1) == 2

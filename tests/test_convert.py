@@ -248,3 +248,74 @@ def test_it_needs_nothing_but_the_directory(converted: Converted, tmp_path: Path
     text = "".join(path.read_text() for path in run.model.glob("*.json") if path.name != "tokenizer.json")
     assert str(own_files(variant(T5)).vision.parent) not in text
     assert load(run).num_parameters() == load(converted(T5)).num_parameters()
+
+
+def test_overwrite_never_replaces_what_is_not_a_conversion(tmp_path: Path, source_copy):
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter.txt").write_text("years of work")
+    with pytest.raises(RequestError, match="not a conversion of this kit"):
+        api.convert(OPT, output=thesis, overwrite=True)
+    assert (thesis / "chapter.txt").read_text() == "years of work"
+    source = source_copy(OPT)
+    before = {path.name for path in source.iterdir()}
+    for place in (source, source / "opt-2.7b", source / "opt-2.7b" / "inside", source.parent):
+        with pytest.raises(RequestError, match=r"cannot be the output|not a conversion"):
+            api.convert(OPT, source, place, overwrite=True)
+    assert {path.name for path in source.iterdir()} == before
+
+
+def test_a_verdict_does_not_outlive_the_model_it_was_given_for(tmp_path: Path, source_copy):
+    run = api.convert(OPT, output=tmp_path / "model")
+    api.verify(run, proof="weights", figures=False)
+    assert run.report.verdict == "weights_only"
+    source = source_copy(OPT)
+    edit_weights(source / variant(OPT).checkpoint, lambda tensors: tensors["query_tokens"].add_(1))
+    api.convert(OPT, source, tmp_path / "model", overwrite=True)
+    with pytest.raises(RequestError, match="verify"):
+        _ = run.report
+
+
+def test_figures_of_an_earlier_report_do_not_stay(tmp_path: Path):
+    run = api.convert(OPT, output=tmp_path / "model")
+    api.verify(run)
+    assert (run.figures / "depth_trace.png").is_file()
+    (run.figures / "mine.png").write_bytes(b"kept")
+    api.verify(run, proof="weights")
+    assert {path.name for path in run.figures.iterdir()} == {"files.png", "files.svg", "mine.png"}
+
+
+def test_the_same_weights_with_another_tokenizer_or_shard_size_are_converted_again(tmp_path: Path, source_copy):
+    source = source_copy(OPT)
+    run = api.convert(OPT, source, tmp_path / "model")
+    config = source / "opt-2.7b" / "special_tokens_map.json"
+    config.write_text(config.read_text() + "\n")
+    written = (run.model / "model.safetensors").stat().st_mtime_ns
+    api.convert(OPT, source, tmp_path / "model")
+    again = (run.model / "model.safetensors").stat().st_mtime_ns
+    assert again != written
+    api.convert(OPT, source, tmp_path / "model")
+    assert (run.model / "model.safetensors").stat().st_mtime_ns == again
+    api.convert(OPT, source, tmp_path / "model", max_shard_size="300KB")
+    assert (run.model / "model.safetensors.index.json").is_file()
+    assert not (run.model / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", [OPT, T5])
+def test_nothing_of_this_machine_is_in_a_converted_directory(converted: Converted, name: str):
+    folder = converted(name).model
+    for path in folder.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert str(folder.parent) not in text
+        assert str(own_files(variant(name)).vision.parent) not in text
+        assert "local_files_only" not in text
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert not isinstance(config.get("extra_special_tokens"), list), "transformers 4 reads a mapping under this name"
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real._replace(free=1000))
+    with pytest.raises(RequestError, match=r"needs 0\.0 GB, and 0\.0 GB are free"):
+        api.convert(OPT, output=tmp_path / "model")
+    assert not list(tmp_path.iterdir())

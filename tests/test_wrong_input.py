@@ -186,7 +186,7 @@ def test_the_source_of_another_variant_is_recognised(refuse, source_copy: Copy, 
 
 def test_a_checkpoint_of_another_language_model_is_refused(refuse, tmp_path: Path):
     said = refuse("convert", OPT, "--source", own_files(variant(T5)).checkpoints[0], "--output", tmp_path / "model")
-    assert "2 tensors are not in the mapping: t5_proj.weight, t5_proj.bias" in said
+    assert f"is a checkpoint for T5 (it holds t5_proj or t5_model), and {OPT} is built on OPT" in said
 
 
 def test_a_value_too_large_for_the_dtype_is_refused(refuse, source_copy: Copy, tmp_path: Path):

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip2nb.variants import variant
+
 if TYPE_CHECKING:
     from blip2nb.runs import Run
 
@@ -27,9 +29,24 @@ def describe(run: Run) -> str:
         lines += ["", "To complete the proof, where LAVIS is installed (`make lavis`):", f"  {report['complete_with']}"]
     for known in report["known_differences"]:
         lines += ["", f"{known['words']} ({known['id']})", f"  {known['why']}", f"  remedy: {known['fix']}"]
+    lines += ["", "To caption as LAVIS does", *(f"  {line}" for line in usage(report["model_name"], run.model))]
     lines += ["", "Where things are"]
     lines += [f"  {label:<10}{path}" for label, path in places(run)]
     return "\n".join(lines)
+
+
+def usage(model_name: str, folder: Path) -> list[str]:
+    """The lines of Python that caption an image with LAVIS's own settings.
+
+    `generate` hands on to the language model, which does not see generation_config.json: the settings are passed.
+    """
+    prompt = variant(model_name).prompt
+    return [
+        f"model = Blip2ForConditionalGeneration.from_pretrained({str(folder)!r})",
+        f'processor = AutoProcessor.from_pretrained({str(folder)!r}, backend="pil")',
+        f'inputs = processor(images=image, text="{prompt}", return_tensors="pt")',
+        "model.generate(**inputs, num_beams=5, max_new_tokens=30)",
+    ]
 
 
 def places(run: Run) -> list[tuple[str, Path]]:

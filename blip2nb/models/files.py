@@ -9,7 +9,8 @@ from blip2nb.errors import RequestError
 from blip2nb.models import tiny
 from blip2nb.variants import Variant
 from blip2nb.weights.download import cache_folder, released_files
-from blip2nb.weights.sources import Files, files_in
+from blip2nb.weights.mapping import check_part
+from blip2nb.weights.sources import Files, files_in, open_file, shapes
 
 
 def find_files(variant: Variant, source: str | Path = "") -> Files:
@@ -26,6 +27,7 @@ def find_files(variant: Variant, source: str | Path = "") -> Files:
         return own_files(variant)
     path = Path(source).expanduser()
     if path.is_file():
+        check_part(variant, shapes(open_file(path)), str(path))  # before gigabytes are fetched for it
         base = own_files(variant)
         return dataclasses.replace(base, checkpoints=(*base.checkpoints, path))
     if not path.is_dir():

@@ -190,11 +190,11 @@ def load_tokenizer(variant: Variant, folder: Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         # transformers would make an empty tokenizer of it, without a word
         raise RequestError(
-            f"{folder} should hold the language model's tokenizer too: tokenizer.json, vocab.json with merges.txt, or "
-            "spiece.model. Copy it from the language model's hub page."
+            f"{folder} should hold the language model's tokenizer too: tokenizer.json, or vocab.json with merges.txt. "
+            "Copy it from the language model's hub page."
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -221,6 +221,13 @@ def write_processor(variant: Variant, tokenizer: PreTrainedTokenizerBase, folder
         size={"height": side, "width": side}, image_mean=list(IMAGE_MEAN), image_std=list(IMAGE_STD)
     )
     Blip2Processor(images, tokenizer, num_query_tokens=variant.qformer.queries).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("local_files_only", "is_local", "name_or_path"):  # how it was loaded here is nobody else's business
+        config.pop(name, None)
+    if isinstance(config.get("extra_special_tokens"), list):  # transformers 4 knows them by another name
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    _write_json(path, config)
 
 
 def forward_inputs(loaded: Loaded, variant: Variant, image: Image, texts: dict[str, list[str]]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from io import BytesIO
-from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
@@ -63,16 +62,6 @@ def png(image: Image.Image) -> bytes:
     out = BytesIO()
     image.save(out, "PNG", optimize=True)
     return out.getvalue()
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB as LAVIS's users get it, `.convert("RGB")`: no EXIF rotation, no background put behind transparency."""
-    return image.convert("RGB")
-
-
-def read_image(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return to_rgb(image)
 
 
 def texts(variant: Variant) -> dict[str, list[str]]:

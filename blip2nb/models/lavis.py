@@ -7,7 +7,8 @@ in a request, a JSON file that the kit writes:
     python record_lavis.py request.json
 
 LAVIS is used as it is installed. Only how its weights are found and loaded is replaced: its model is built without
-the download and without storage, then filled tensor by tensor from the files, in float32. No forward code is touched.
+the download and without storage, then filled tensor by tensor from the files, in float32. No forward code is touched;
+on a GPU, where LAVIS would wrap it in autocast, that wrapper is left out, and the tape says so.
 """
 
 import contextlib
@@ -100,6 +101,7 @@ def run(model, digests, request, progress=None):
         "attributes": attributes(model),
         "device": str(device),
         "dtype": "float32",
+        "autocast": "none" if device.type == "cpu" else "switched off",
         "versions": versions(),
         "seconds": round(time.time() - started, 2),
     }
@@ -154,6 +156,9 @@ def build(request):
 def _plain_float32(model):
     """On a GPU LAVIS wraps its forward in autocast and PyTorch rounds convolutions to TF32; on a CPU neither happens.
     This makes the GPU do what the CPU does."""
+    if next(model.parameters()).device.type == "cpu":
+        yield
+        return
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

@@ -57,75 +57,15 @@ FORMS: dict[str, Form] = {
     "tiny-blip2-flan-t5-xxl": Form(shards=3, zipped=False),
 }
 
-WORDS = [
-    "a",
-    "an",
-    "the",
-    "of",
-    "on",
-    "in",
-    "at",
-    "by",
-    "to",
-    "with",
-    "and",
-    "is",
-    "are",
-    "photo",
-    "picture",
-    "image",
-    "man",
-    "woman",
-    "child",
-    "dog",
-    "cat",
-    "bird",
-    "boat",
-    "ship",
-    "car",
-    "bus",
-    "train",
-    "tree",
-    "hill",
-    "sea",
-    "lake",
-    "sky",
-    "sun",
-    "moon",
-    "cloud",
-    "snow",
-    "sand",
-    "road",
-    "house",
-    "tower",
-    "bridge",
-    "red",
-    "blue",
-    "green",
-    "white",
-    "black",
-    "old",
-    "small",
-    "big",
-    "two",
-    "three",
-    "old",
-    "new",
-    "sits",
-    "stands",
-    "runs",
-    "looks",
-    "near",
-    "under",
-    "over",
-    "beach",
-    "street",
-    "field",
-    "table",
-    "plate",
-    "food",
-    "cup",
-]
+# fmt: off
+WORDS = (
+    "a", "an", "the", "of", "on", "in", "at", "by", "to", "with", "and", "is", "are", "photo", "picture", "image",
+    "man", "woman", "child", "dog", "cat", "bird", "boat", "ship", "car", "bus", "train", "tree", "hill", "sea",
+    "lake", "sky", "sun", "moon", "cloud", "snow", "sand", "road", "house", "tower", "bridge", "red", "blue",
+    "green", "white", "black", "old", "small", "big", "two", "three", "new", "sits", "stands", "runs", "looks",
+    "near", "under", "over", "beach", "street", "field", "table", "plate", "food", "cup",
+)
+# fmt: on
 
 
 def write_twin(variant: Variant, folder: Path) -> None:
@@ -237,7 +177,7 @@ def _spread(name: str, shape: tuple[int, ...]) -> float:
         return 0.2
     if name.endswith(("embed_tokens.weight", "embed_positions.weight")):
         return 0.3
-    if name.endswith(("query_tokens", "embed_positions.weight", "shared.weight")):
+    if name.endswith(("query_tokens", "shared.weight")):
         return 1.0
     if name.endswith("relative_attention_bias.weight"):
         return 0.5

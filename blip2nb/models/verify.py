@@ -190,11 +190,11 @@ def _prove_behaviour(
     content["pixel_values"] = _pixels(folder, tape, inputs["pixel_values"], images[0], arrays)
     table = stages(model)
     say("stages")
-    shipped = compare(tape, loaded.model, table, inputs)
+    shipped = compare(tape, loaded.model, table, inputs, progress=say)
     say("counter-test")
     known, unknown = _differences(tape, loaded.model, model)
     with repaired(loaded.model, [difference for _, difference in known]):
-        fixed = compare(tape, loaded.model, table, inputs) if known else None
+        fixed = compare(tape, loaded.model, table, inputs, progress=say) if known else None
         say("captions")
         captions_fixed = _captions(loaded, model, tape, images) if known else None
     captions = _captions(loaded, model, tape, images)
@@ -439,6 +439,7 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
     causes = [one["id"] for one in content["known_differences"] if one["explains"] and one["stage"] != "captions"]
     captions = content["captions"]
     first = content["first_divergence"]
+    known = next((one for one in content["known_differences"] if one["stage"] != "captions"), None)
     if not content["pixel_values"]["equal"]:
         return _answer("diverges", [], "The pixel values differ from LAVIS's: look at the image processor first.")
     if faults and (left or not causes):
@@ -447,7 +448,7 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
         return _answer(
             "diverges", causes, "Every layer agrees, but the captions do not: look at generation's settings."
         )
-    if not faults:
+    if not faults and captions["equal"]:
         return _answer(
             "match", [], "The same model: every layer agrees with LAVIS to rounding, and so do the captions."
         )
@@ -457,9 +458,10 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
         f"({content['logits']['fixed']['relative']:.1e} without it)"
     )
     advice = "no caption: safe to ship as it is" if safe else "and some captions: apply the fix"
-    return _answer(
-        "explained", causes, f"The same model but for one known cause: {first['cause']}. {effect} and {advice}."
-    )
+    assert known is not None  # only its counter-test leads here
+    cause = f"{known['words']}: LAVIS {known['lavis']}, transformers {known['transformers']}"
+    sentence = f"The same model but for one known cause: {cause}. {effect} and {advice}."
+    return _answer("explained", causes or [known["id"]], sentence)
 
 
 def _answer(verdict: str, causes: list[str], summary: str) -> dict[str, Any]:

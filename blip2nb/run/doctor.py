@@ -34,8 +34,8 @@ def examine(lavis_python: str = "") -> list[Finding]:
 
 def _python() -> Finding:
     found = platform.python_version()
-    fine = tuple(int(part) for part in found.split(".")[:2]) >= (3, 10)
-    return Finding("Python", found, fine, required=True, advice="" if fine else "Python 3.10 or newer is needed.")
+    fine = tuple(int(part) for part in found.split(".")[:2]) >= (3, 11)
+    return Finding("Python", found, fine, required=True, advice="" if fine else "Python 3.11 or newer is needed.")
 
 
 def _packages() -> list[Finding]:

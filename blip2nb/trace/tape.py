@@ -60,12 +60,15 @@ def recording(model, places):
     wrapped = []
     try:
         for module, named in by_module.items():
+            own = vars(module).get("forward")  # some libraries put one on the instance; it must come back
             _wrap(module, named, out)
-            wrapped.append(module)
+            wrapped.append((module, own))
         yield out
     finally:
-        for module in wrapped:
+        for module, own in wrapped:
             del module.forward
+            if own is not None:
+                module.forward = own
 
 
 def _wrap(module, named, out):

@@ -39,6 +39,7 @@ class Manifest:
         bytes_by_kind: component -> kind of rule -> bytes written.
         versions: what wrote it.
         files: name, size and time of change of every file read.
+        recipe: what else decided what was written: options, configuration, versions.
     """
 
     model: str
@@ -52,6 +53,7 @@ class Manifest:
     bytes_by_kind: Mapping[str, Mapping[str, int]]
     versions: Mapping[str, str]
     files: Sequence[Mapping[str, Any]] = ()
+    recipe: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")

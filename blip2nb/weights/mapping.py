@@ -360,6 +360,26 @@ def plan(variant: Variant, shapes: Mapping[str, tuple[int, ...]], table: Iterabl
     )
 
 
+def check_part(variant: Variant, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse a file that holds anything the variant has no place for, by name and shape.
+
+    Raises:
+        RequestError: it does; the sentence says of which family of models it is, where that can be told.
+    """
+    by_source = variant_sources(variant)
+    for family in LANGUAGE:
+        if family != variant.language.kind and any(name.startswith(f"{family}_") for name in shapes):
+            raise RequestError(
+                f"{where} is a checkpoint for {family.upper()} (it holds {family}_proj or {family}_model), and "
+                f"{variant.name} is built on {variant.language.kind.upper()}. Name the model it was trained from."
+            )
+    unknown = [name for name in shapes if name not in by_source and unused_by(variant, name) is None]
+    misshapen = [name for name in shapes if name in by_source and tuple(shapes[name]) != by_source[name]]
+    if unknown or misshapen:
+        by_name = {name: entry for entry in entries(variant) for name in entry.sources}
+        raise RequestError(f"{where}: {_complaint(variant, shapes, by_name, unknown, [], misshapen)}")
+
+
 def unused_by(variant: Variant, name: str) -> Unused | None:
     """The rule that leaves this name out, if one does."""
     for rule in UNUSED:
