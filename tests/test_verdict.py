@@ -15,6 +15,7 @@ from blip2nb.runs import Run
 from blip2nb.variants import TWINS, variant
 
 OPT = "tiny-blip2-opt-2.7b"
+AT = ["vision.post_layernorm"]
 EPS = {
     "id": "post_layernorm_eps",
     "stage": "vision.post_layernorm",
