@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import shlex
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from blip2nb.errors import RequestError
 from blip2nb.report import Report
 from blip2nb.runs import Run, find_run, new_run, run_of_model
 from blip2nb.trace.tape import Tape
-from blip2nb.variants import Variant, variant
-from blip2nb.weights.convert import CASTS, LOSSY, MANIFEST, Manifest
-from blip2nb.weights.mapping import parameter_count, plan
-from blip2nb.weights.sources import Files, Union, open_model, shapes
-from blip2nb.weights.writer import parse_size, whole_directory
-
-if TYPE_CHECKING:
-    from blip2nb.run.kernels import Lavis
+from blip2nb.variants import variant
+from blip2nb.weights.convert import CASTS, Manifest
+from blip2nb.weights.sources import open_model
+from blip2nb.weights.writer import parse_size
 
 log = logging.getLogger("blip2nb")
 
-SHIPPED_TAPES = Path(__file__).parent / "tapes"
 PROOFS = ("auto", "weights", "both")
 
 
@@ -60,6 +51,7 @@ def convert(
     Raises:
         RequestError: the request or its input is wrong. Nothing is left behind.
     """
+    from blip2nb.models import directory, hub
     from blip2nb.models.files import find_files
 
     wanted = variant(model)
@@ -67,17 +59,18 @@ def convert(
         raise RequestError(f"--dtype should be one of {', '.join(CASTS)}, found {dtype!r}.")
     parse_size(max_shard_size)
     run = run_of_model(Path(output).expanduser()) if output else new_run(wanted.name, source, run_name, output_dir)
-    token = _hub_token(push_to_hub)
-    _check_place(run)
+    token = hub.find_token(push_to_hub) if push_to_hub else None
+    directory.check_place(run.model)
     files = find_files(wanted, source)
-    _check_apart(run, files)
+    directory.check_apart(run.model, files)
     opened = open_model(files, wanted)
-    recipe = _recipe(files, dtype, max_shard_size)
-    if not _reusable(run, wanted, opened, files, recipe, overwrite):
-        _write(run, wanted, opened, files, recipe)
+    recipe = directory.recipe_of(files, dtype, max_shard_size)
+    if not directory.holds_already(run.model, wanted, opened, files, recipe, overwrite):
+        directory.write_model(run.model, wanted, opened, files, recipe)
+        run.forget_proof()
     run.remember(source)
     if push_to_hub:
-        _push(run.model, push_to_hub, token)
+        hub.upload(run.model, push_to_hub, token)
     return run
 
 
@@ -107,11 +100,11 @@ def capture(
         RequestError: there is no LAVIS, or it could not do it.
     """
     from blip2nb.models.files import find_files
-    from blip2nb.run import kernels
+    from blip2nb.run import kernels, reference
 
     wanted = variant(model if isinstance(model, str) else Manifest.read(model.model).model)
     run = new_run(wanted.name, source, run_name, output_dir) if isinstance(model, str) else model
-    lavis = _require_lavis(lavis_python, wanted)
+    lavis = reference.require_lavis(lavis_python, wanted)
     if not isinstance(model, str):
         source = source or run.source
     files = find_files(wanted, source)
@@ -152,6 +145,7 @@ def verify(
         RequestError: the request is wrong, among others: `both` without a way to a tape.
     """
     from blip2nb.models.verify import verify as prove
+    from blip2nb.run import kernels, reference
 
     if proof not in PROOFS:
         raise RequestError(f"--proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
@@ -159,9 +153,15 @@ def verify(
     if output:
         run = dataclasses.replace(run, folder=Path(output).expanduser().resolve())
     manifest = Manifest.read(run.model)
-    found = _tape(run, manifest, proof, tape, source, lavis_python, device, notebook)
+    found = None
+    if tape:
+        found = reference.given_tape(Path(tape).expanduser(), manifest)
+    elif reference.can_compare(proof, manifest):
+        found = reference.find_tape(run, manifest)
+        if found is None and (proof == "both" or kernels.find_lavis(lavis_python) is not None):
+            found = capture(run, source, lavis_python=lavis_python, device=device, notebook=notebook)
     with _steps("verify") as say:
-        report = prove(run.model, found, _completion(run, manifest, source or run.source), progress=say)
+        report = prove(run.model, found, reference.completion(run, manifest, source or run.source), progress=say)
     report.save(run.folder)
     if figures:
         draw(run)
@@ -177,15 +177,15 @@ def check_proof(
     Raises:
         RequestError: there is no such proof, or "both" was asked for without LAVIS and without a recording.
     """
-    from blip2nb.run import kernels
+    from blip2nb.run import reference
 
     if proof not in PROOFS:
         raise RequestError(f"The proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
     wanted = variant(model)
     recorded = new_run(wanted.name, source, run_name, output_dir).tape_path.is_file()
-    shipped = not source and (SHIPPED_TAPES / f"{wanted.name}.safetensors").is_file()
-    if proof == "both" and not recorded and not shipped and kernels.find_lavis(lavis_python) is None:
-        _require_lavis(lavis_python, wanted)
+    shipped = not source and reference.shipped_tape(wanted).is_file()
+    if proof == "both" and not recorded and not shipped:
+        reference.require_lavis(lavis_python, wanted)
 
 
 def draw(run: Run) -> list[Path]:
@@ -206,261 +206,6 @@ def show(target: str | Path | Run) -> str:
 
     run = target if isinstance(target, Run) else find_run(target)
     return describe(run)
-
-
-# -- convert
-
-
-def _check_place(run: Run) -> None:
-    """Refuse early what stands where the model should go and is not ours to replace, whatever was asked."""
-    if not run.model.exists() or (run.model / MANIFEST).is_file():
-        return
-    if not run.model.is_dir() or any(run.model.iterdir()):
-        raise RequestError(f"{run.model} holds something that is not a conversion of this kit. Name another --output.")
-
-
-def _check_apart(run: Run, files: Files) -> None:
-    """Refuse an output that would replace, or end up in, the files it is made from."""
-    target = run.model.resolve()
-    for path in (files.vision, files.language, *files.checkpoints):
-        source = path.resolve()
-        if source.is_relative_to(target) or target.is_relative_to(source):
-            raise RequestError(f"{run.model} cannot be the output: {path} is read from there. Name another --output.")
-
-
-def _reusable(run: Run, wanted: Variant, opened: Union, files: Files, recipe: dict[str, str], overwrite: bool) -> bool:
-    """Whether the directory already holds just this conversion.
-
-    Raises:
-        RequestError: it holds another one.
-    """
-    if overwrite or not (run.model / MANIFEST).is_file():
-        return False
-    held = Manifest.read(run.model)
-    if (held.model, held.dtype) != (wanted.name, recipe["dtype"]) or not _same_weights(held, wanted, opened, files):
-        raise RequestError(
-            f"{run.model} holds another run's model ({held.model}, dtype {held.dtype}, weights "
-            f"{held.weights_hash[:12]}), not the {wanted.name} asked for. "
-            "Give this one its own run_name or --output, or replace it with overwrite."
-        )
-    if dict(held.recipe) == recipe and _whole(run.model):
-        log.info("%s already holds this conversion of the same files; kept", run.model)
-        return True
-    log.info("%s was made of the same weights otherwise, or lost a file; converting again", run.model)
-    return False
-
-
-def _same_weights(held: Manifest, wanted: Variant, opened: Union, files: Files) -> bool:
-    return _stamps(files) == [dict(one) for one in held.files] or held.weights_hash == _weights_hash(wanted, opened)
-
-
-def _recipe(files: Files, dtype: str, max_shard_size: str | int) -> dict[str, str]:
-    """All but the weights that decides what is written: asked for, configured beside the weights, and by what."""
-    import hashlib
-    import importlib.metadata
-
-    from blip2nb import __version__
-
-    small = [path for path in files.language.iterdir() if path.suffix in (".json", ".txt", ".model")]
-    configuration = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted(small)))
-    return {
-        "dtype": dtype,
-        "max_shard_size": str(max_shard_size),
-        "configuration": configuration.hexdigest(),
-        "blip2nb": __version__,
-        "transformers": importlib.metadata.version("transformers"),
-    }
-
-
-_ALWAYS = ("config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json")
-
-
-def _whole(folder: Path) -> bool:
-    """Whether every file that `convert` writes is there, and every shard."""
-    from blip2nb.weights.sources import open_folder
-
-    try:
-        open_folder(folder)
-    except RequestError:
-        return False
-    return all((folder / name).is_file() for name in _ALWAYS)
-
-
-def _weights_hash(wanted: Variant, opened: Union) -> str:
-    from blip2nb.weights.hashing import combine, digest
-
-    names = [name for entry in plan(wanted, shapes(opened)).written for name in entry.sources]
-    return combine({name: digest(opened.tensor(name)) for name in names})
-
-
-def _stamps(files: Files) -> list[dict[str, Any]]:
-    """What tells at a glance that the files are those of last time: name, size and time of change."""
-    paths = [files.vision, *sorted(path for path in files.language.iterdir() if path.is_file()), *files.checkpoints]
-    stats = [(path.name, path.stat()) for path in paths]
-    return [{"name": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats]
-
-
-def _write(run: Run, wanted: Variant, opened: Union, files: Files, recipe: dict[str, str]) -> None:
-    from tqdm import tqdm
-
-    from blip2nb.models.huggingface import load_tokenizer, read_language_config, write_configuration
-    from blip2nb.weights.convert import target_size, write_weights
-
-    work = plan(wanted, shapes(opened))
-    read_language_config(wanted, files.language)
-    load_tokenizer(wanted, files.language)
-    dtype = recipe["dtype"]
-    size = target_size(work, opened, dtype)
-    _check_disk(run.model, size)
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"convert {wanted.name}")
-    with bar, whole_directory(run.model) as folder:
-        manifest = write_weights(work, opened, folder, dtype, recipe["max_shard_size"], progress=bar.update)
-        manifest = dataclasses.replace(manifest, files=tuple(_stamps(files)), recipe=recipe)
-        write_configuration(wanted, files.language, folder, dtype if dtype in LOSSY else "float32")
-        manifest.write(folder)
-    run.forget_proof()
-    log.info("wrote %s", run.model)
-
-
-def _check_disk(target: Path, size: int) -> None:
-    """Raises RequestError when the files will not fit; configuration and headers are counted with 64 MB."""
-    place = next(path for path in target.parents if path.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < size + 64_000_000:
-        raise RequestError(
-            f"{target} needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there. "
-            "Make room, or name an --output on another disk."
-        )
-
-
-def _hub_token(repository: str) -> str | None:
-    if not repository:
-        return None
-    from huggingface_hub import get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repository)
-        valid = repository.count("/") == 1 and all(repository.split("/"))
-    except HFValidationError:
-        valid = False
-    if not valid:
-        raise RequestError(f"--push-to-hub should name a repository such as user/blip2-opt-2.7b, found {repository!r}.")
-    token = get_token()
-    if token is None:
-        raise RequestError(
-            "--push-to-hub needs a token, and none was found. "
-            "Log in with `hf auth login` or set HF_TOKEN in the environment."
-        )
-    return token
-
-
-def _push(folder: Path, repository: str, token: str | None) -> None:
-    from huggingface_hub import HfApi
-
-    hub = HfApi(token=token)
-    hub.create_repo(repository, exist_ok=True)
-    hub.upload_folder(repo_id=repository, folder_path=folder, commit_message="Converted from LAVIS with blip2nb")
-    log.info("uploaded to %s", repository)
-
-
-# -- verify
-
-
-def _tape(
-    run: Run,
-    manifest: Manifest,
-    proof: str,
-    given: str | Path,
-    source: str | Path,
-    lavis_python: str | Path,
-    device: str,
-    notebook: bool,
-) -> Tape | None:
-    """The recording to compare with: the one given, one that fits, or one made now. None where that cannot be."""
-    if proof == "weights" or (proof == "auto" and manifest.dtype in LOSSY and not given):
-        return None
-    if given:
-        tape = _open_tape(Path(given).expanduser())
-        unrecorded = _unrecorded(tape, manifest)
-        if unrecorded and tape.metadata["weights_hash"] == manifest.weights_hash:
-            raise RequestError(
-                f"{given} holds nothing for {unrecorded[0]} ({len(unrecorded)} places in all): "
-                f"it is of another model or of an older version. Record again with `blip2nb capture {manifest.model}`."
-            )
-        return tape
-    for path in (run.tape_path, SHIPPED_TAPES / f"{manifest.model}.safetensors"):
-        if path.is_file():
-            found = _open_tape(path)
-            if found.metadata["weights_hash"] == manifest.weights_hash and not _unrecorded(found, manifest):
-                log.info("comparing with the recording %s", path.name)
-                return found
-    from blip2nb.run import kernels
-
-    wanted = variant(manifest.model)
-    if kernels.find_lavis(lavis_python) is None:
-        if proof == "both":
-            _require_lavis(lavis_python, wanted)
-        return None
-    short = memory_short(wanted)
-    if short:
-        if proof == "both":
-            raise RequestError(f"{short} Use a larger machine, or --proof weights.")
-        log.info("%s Proving the weights alone.", short)
-        return None
-    return capture(run, source, lavis_python=lavis_python, device=device, notebook=notebook)
-
-
-def _unrecorded(tape: Tape, manifest: Manifest) -> list[str]:
-    """The places that a comparison needs and the tape does not hold."""
-    from blip2nb.models.stages import stages
-    from blip2nb.trace.stage import places
-
-    return [place for place in places(stages(variant(manifest.model))) if place not in tape]
-
-
-def memory_short(wanted: Variant) -> str:
-    """A sentence when this machine cannot hold the model in float32, as both sides are compared; else ""."""
-    needed = parameter_count(wanted) * 4 * 1.25  # the weights, and a quarter for activations and the widest layer twice
-    try:
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not a Unix: try and see
-        return ""
-    if needed <= max(available, 0.9 * total):  # what the disk cache holds is free too
-        return ""
-    return (
-        f"Running {wanted.name} in float32 takes {needed / 1e9:.0f} GB of memory; this machine has {total / 1e9:.0f}."
-    )
-
-
-def _completion(run: Run, manifest: Manifest, source: str | Path) -> str:
-    """The commands that add the second proof to a run that has only the first; none where it was cast."""
-    if manifest.dtype in LOSSY:
-        return ""  # it differs from LAVIS's on purpose: the conversion to prove is the one with dtype auto
-    words = ["blip2nb", "capture", manifest.model, *(["--source", str(source)] if source else [])]
-    words += ["--output", str(run.tape_path)]
-    again = ["blip2nb", "verify", str(run.model), "--tape", str(run.tape_path), "--output", str(run.folder)]
-    return f"{shlex.join(words)} && {shlex.join(again)}"
-
-
-def _open_tape(path: Path) -> Tape:
-    try:
-        return Tape(path)
-    except (ValueError, FileNotFoundError) as error:
-        raise RequestError(str(error)) from error
-
-
-def _require_lavis(lavis_python: str | Path, wanted: Variant) -> Lavis:
-    from blip2nb.run import kernels
-
-    lavis = kernels.find_lavis(lavis_python)
-    if lavis is None:
-        raise RequestError(
-            f"Recording {wanted.name} needs an environment with LAVIS, and none was found: no kernel `lavis`, no "
-            ".venv-lavis. Make one with `make lavis`, or name yours with --lavis-python."
-        )
-    return lavis
 
 
 class _steps:

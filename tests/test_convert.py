@@ -17,6 +17,7 @@ from blip2nb import api
 from blip2nb.errors import RequestError
 from blip2nb.models.files import own_files
 from blip2nb.models.inputs import demo_image
+from blip2nb.run import reference
 from blip2nb.runs import Run
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import TWINS, variant
@@ -50,7 +51,7 @@ def test_it_loads_with_no_key_missing_or_left_over(converted: Converted, name: s
 def test_it_captions_an_image_as_lavis_did(converted: Converted, name: str):
     folder = converted(name).model
     model, processor = load(converted(name)), AutoProcessor.from_pretrained(folder, backend="pil")
-    recorded = Tape(api.SHIPPED_TAPES / f"{name}.safetensors").metadata
+    recorded = Tape(reference.SHIPPED_TAPES / f"{name}.safetensors").metadata
     inputs = processor(images=demo_image(), text=recorded["prompt"], return_tensors="pt")
     ids = model.generate(**inputs, num_beams=1, max_new_tokens=30)
     skip = 1 if variant(name).language.kind == "t5" else inputs["input_ids"].shape[1]

@@ -9,10 +9,10 @@ import torch
 
 import blip2nb
 from blip2nb import errors
-from blip2nb.api import SHIPPED_TAPES
 from blip2nb.models.files import own_files
 from blip2nb.models.stages import module_pairs, stages
 from blip2nb.run import kernels
+from blip2nb.run.reference import SHIPPED_TAPES
 from blip2nb.trace.stage import places
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import TWINS, variant

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2nb.api import SHIPPED_TAPES
 from blip2nb.models.files import own_files
 from blip2nb.models.tiny import FORMS, Form, twin_tensors
+from blip2nb.run.reference import SHIPPED_TAPES
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import RELEASED, TWINS, VARIANTS, variant
 from blip2nb.weights.convert import target_size

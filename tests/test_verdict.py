@@ -11,6 +11,7 @@ from blip2nb.display.text import describe, numbers, usage, verdict_html
 from blip2nb.errors import RequestError
 from blip2nb.models.verify import _verdict
 from blip2nb.report import INFINITE, Report
+from blip2nb.run import reference
 from blip2nb.runs import Run
 from blip2nb.variants import TWINS, variant
 
@@ -111,7 +112,7 @@ def test_the_lines_shown_caption_as_lavis_does(converted):
         exec("\n".join(lines[:-1]), space)
         ids = eval(lines[-1], space)
         said = space["processor"].batch_decode(ids, skip_special_tokens=True)[0].strip()
-        tape = Tape(api.SHIPPED_TAPES / f"{name}.safetensors")
+        tape = Tape(reference.SHIPPED_TAPES / f"{name}.safetensors")
         assert said == tape.metadata["captions"]["default"]["text"][number]
 
 
@@ -128,10 +129,10 @@ def test_a_proof_that_cannot_be_made_is_refused_before_the_work(tmp_path):
 
 
 def test_a_model_too_large_for_the_machine_is_not_started(monkeypatch):
-    assert api.memory_short(variant(OPT)) == ""
+    assert reference.memory_short(variant(OPT)) == ""
     pages = {"SC_AVPHYS_PAGES": 1_000_000, "SC_PHYS_PAGES": 4_000_000, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(api.os, "sysconf", pages.__getitem__)
-    assert "takes 61 GB of memory; this machine has 16" in api.memory_short(variant("blip2-flan-t5-xxl"))
+    monkeypatch.setattr(reference.os, "sysconf", pages.__getitem__)
+    assert "takes 61 GB of memory; this machine has 16" in reference.memory_short(variant("blip2-flan-t5-xxl"))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from blip2nb import api
 from blip2nb.models.verify import prove_weights
+from blip2nb.run import reference
 from blip2nb.runs import Run
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import TWINS, variant
@@ -31,7 +32,7 @@ OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"
 
 def recording(name: str) -> Tape:
     """LAVIS's own, with a hash of every parameter of its modules."""
-    return Tape(api.SHIPPED_TAPES / f"{name}.safetensors")
+    return Tape(reference.SHIPPED_TAPES / f"{name}.safetensors")
 
 
 def proof(run: Run) -> dict[str, Any]:

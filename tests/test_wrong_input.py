@@ -18,6 +18,7 @@ from conftest import Outcome, edit_weights, snapshot
 from blip2nb import api
 from blip2nb.errors import RequestError
 from blip2nb.models.files import own_files
+from blip2nb.run import reference
 from blip2nb.runs import Run
 from blip2nb.variants import variant
 
@@ -337,7 +338,7 @@ def test_a_spoiled_directory_is_not_verified(refuse, model_copy: Callable[[str],
 def test_a_tape_that_does_not_fit_is_refused(refuse, model_copy: Callable[[str], Run], tmp_path: Path):
     model = model_copy(OPT).model
     tapes = {
-        "of_another": api.SHIPPED_TAPES / f"{T5}.safetensors",
+        "of_another": reference.SHIPPED_TAPES / f"{T5}.safetensors",
         "cut": tmp_path / "cut",
         "not_there": tmp_path / "no",
     }

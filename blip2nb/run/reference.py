@@ -1,0 +1,119 @@
+"""The recording to compare with: the one that fits, or whether one can be made here, or how to make it elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+from pathlib import Path
+
+from blip2nb.errors import RequestError
+from blip2nb.models.stages import stages
+from blip2nb.run import kernels
+from blip2nb.runs import Run
+from blip2nb.trace.stage import places
+from blip2nb.trace.tape import Tape
+from blip2nb.variants import Variant, variant
+from blip2nb.weights.convert import LOSSY, Manifest
+from blip2nb.weights.mapping import parameter_count
+
+log = logging.getLogger("blip2nb")
+
+SHIPPED_TAPES = Path(__file__).resolve().parent.parent / "tapes"
+
+
+def shipped_tape(model: Variant) -> Path:
+    """Where the kit's own recording of a model is, if it has one."""
+    return SHIPPED_TAPES / f"{model.name}.safetensors"
+
+
+def find_tape(run: Run, manifest: Manifest) -> Tape | None:
+    """The run's own recording or the kit's, whichever was made of these weights and holds every place needed."""
+    for path in (run.tape_path, shipped_tape(variant(manifest.model))):
+        if path.is_file():
+            tape = open_tape(path)
+            if tape.metadata["weights_hash"] == manifest.weights_hash and not _unrecorded(tape, manifest):
+                log.info("comparing with the recording %s", path.name)
+                return tape
+    return None
+
+
+def given_tape(path: Path, manifest: Manifest) -> Tape:
+    """The recording that was named.
+
+    Raises:
+        RequestError: it is none, was made of other weights, or lacks a place.
+    """
+    tape = open_tape(path)
+    again = f"Record again with `blip2nb capture {manifest.model}`."
+    if tape.metadata["weights_hash"] != manifest.weights_hash:
+        raise RequestError(
+            f"{path} was recorded on other weights (of {tape.metadata['model']}) than this model was converted from. "
+            f"{again}"
+        )
+    unrecorded = _unrecorded(tape, manifest)
+    if unrecorded:
+        raise RequestError(f"{path} is of an older version: nothing is recorded for {unrecorded[0]}. {again}")
+    return tape
+
+
+def open_tape(path: Path) -> Tape:
+    """Raises RequestError when there is no tape, or a damaged one."""
+    try:
+        return Tape(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise RequestError(str(error)) from error
+
+
+def _unrecorded(tape: Tape, manifest: Manifest) -> list[str]:
+    return [place for place in places(stages(variant(manifest.model))) if place not in tape]
+
+
+def can_compare(proof: str, manifest: Manifest) -> bool:
+    """Whether behaviour is to be compared at all: asked for, sensible for these weights, and possible on this machine.
+
+    Raises:
+        RequestError: both proofs were asked for, and there is not the memory.
+    """
+    if proof == "weights" or (proof == "auto" and manifest.dtype in LOSSY):
+        return False
+    short = memory_short(variant(manifest.model))
+    if short and proof == "both":
+        raise RequestError(f"{short} Use a larger machine, or --proof weights.")
+    if short:
+        log.info("%s Proving the weights alone.", short)
+    return not short
+
+
+def memory_short(model: Variant) -> str:
+    """A sentence when this machine cannot hold the model in float32, as both sides are compared; else ""."""
+    needed = parameter_count(model) * 4 * 1.25  # the weights, and a quarter for activations and the widest layer twice
+    try:
+        page = os.sysconf("SC_PAGE_SIZE")
+        available, total = os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
+    except (ValueError, OSError, AttributeError):  # not a Unix: try and see
+        return ""
+    if needed <= max(available, 0.9 * total):  # what the disk cache holds is free too
+        return ""
+    return f"Running {model.name} in float32 takes {needed / 1e9:.0f} GB of memory; this machine has {total / 1e9:.0f}."
+
+
+def require_lavis(lavis_python: str | Path, model: Variant) -> kernels.Lavis:
+    """The LAVIS environment. Raises RequestError where there is none."""
+    lavis = kernels.find_lavis(lavis_python)
+    if lavis is None:
+        raise RequestError(
+            f"Recording {model.name} needs an environment with LAVIS, and none was found: no kernel `lavis`, no "
+            ".venv-lavis. Make one with `make lavis`, or name yours with --lavis-python."
+        )
+    return lavis
+
+
+def completion(run: Run, manifest: Manifest, source: str | Path) -> str:
+    """The commands that add the second proof to a run that has only the first; none where it was cast."""
+    if manifest.dtype in LOSSY:
+        return ""  # it differs from LAVIS's on purpose: the conversion to prove is the one with dtype auto
+    words = ["blip2nb", "capture", manifest.model, *(["--source", str(source)] if source else [])]
+    words += ["--output", str(run.tape_path)]
+    again = ["blip2nb", "verify", str(run.model), "--tape", str(run.tape_path), "--output", str(run.folder)]
+    return f"{shlex.join(words)} && {shlex.join(again)}"
