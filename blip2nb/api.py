@@ -154,7 +154,7 @@ def verify(
         run = dataclasses.replace(run, folder=Path(output).expanduser().resolve())
     manifest = Manifest.read(run.model)
     found = None
-    if tape:
+    if tape and proof != "weights":
         found = reference.given_tape(Path(tape).expanduser(), manifest)
     elif reference.can_compare(proof, manifest):
         found = reference.find_tape(run, manifest)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from blip2nb.errors import RequestError
 from blip2nb.variants import Variant
-from blip2nb.weights.sources import Files
+from blip2nb.weights.sources import Files, open_folder
 
 LAVIS_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 _TIMEOUT = 10  # seconds to wait for a server to answer
@@ -40,36 +40,48 @@ def released_files(variant: Variant) -> Files:
 
 def _lavis_file(name: str) -> Path:
     """In LAVIS's own cache (PyTorch's hub folder) if it is there, else where the kit would put it."""
-    torch_home = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch"))
-    lavis = torch_home / "hub" / "checkpoints" / name
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    lavis = Path(os.environ.get("TORCH_HOME", cache / "torch")) / "hub" / "checkpoints" / name
     return lavis if lavis.is_file() else cache_folder() / "lavis" / name
 
 
 def _language_folder(variant: Variant) -> Path:
+    """In the Hugging Face cache if all of it is there, else where the kit would put it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    own = cache_folder() / "hub" / variant.language_folder
     try:
-        return Path(snapshot_download(variant.language_model, local_files_only=True))
+        cached = Path(snapshot_download(variant.language_model, local_files_only=True))
     except LocalEntryNotFoundError:
-        return cache_folder() / "hub" / variant.language_folder
+        return own
+    return cached if _whole(cached) else own
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a hub folder holds weights with all their shards, a configuration and a tokenizer."""
+    try:
+        open_folder(folder)
+    except RequestError:
+        return False
+    tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
+    return tokenizer and (folder / "config.json").is_file()
 
 
 def _fetch(variant: Variant, files: Files) -> None:
     """Fetch what is missing, after a look whether the servers can be reached at all."""
     missing = files.missing()
+    hub = f"https://huggingface.co/{variant.language_model}"
     try:
         for path in missing:
-            url = (
-                f"https://huggingface.co/{variant.language_model}" if path == files.language else LAVIS_URL + path.name
-            )
+            url = hub if path == files.language else LAVIS_URL + path.name
             with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_TIMEOUT):
                 pass
         for path in missing:
             if path == files.language:
                 _fetch_language(variant, path)
             else:
-                _fetch_file(LAVIS_URL + path.name, path)
+                fetch_file(LAVIS_URL + path.name, path)
     except (urllib.error.URLError, OSError) as error:
         names = ", ".join(f"{path.name}/" if path == files.language else path.name for path in files.missing())
         raise RequestError(
@@ -80,25 +92,45 @@ def _fetch(variant: Variant, files: Files) -> None:
 
 
 def _fetch_language(variant: Variant, folder: Path) -> None:
-    from huggingface_hub import snapshot_download
+    """Fetch a language model beside its place, in one of the forms the hub has, and move it there when it is whole."""
+    from huggingface_hub import HfApi, snapshot_download
 
-    patterns = ["*.json", "*.txt", "*.model", "*.safetensors", "pytorch_model*.bin"]
-    snapshot_download(variant.language_model, local_dir=folder, allow_patterns=patterns, etag_timeout=_TIMEOUT)
+    names = HfApi().list_repo_files(variant.language_model)
+    weights = "*.safetensors" if any(name.endswith(".safetensors") for name in names) else "pytorch_model*.bin"
+    partial = folder.with_name(f"{folder.name}.partial")
+    patterns = ["*.json", "*.txt", "*.model", weights]
+    snapshot_download(variant.language_model, local_dir=partial, allow_patterns=patterns, etag_timeout=_TIMEOUT)
+    partial.rename(folder)
 
 
-def _fetch_file(url: str, path: Path) -> None:
-    """Download to a partial file beside the target, going on from what is there; rename when all of it is."""
+def fetch_file(url: str, path: Path) -> None:
+    """Download to a partial file beside the target, going on from what is there; rename when all of it is.
+
+    Raises:
+        OSError: the server cannot be reached, refuses, or breaks off. What came so far stays for the next time.
+    """
     from tqdm import tqdm
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-        resumed = answer.status == 206
-        total = int(answer.headers.get("Content-Length", 0)) + (have if resumed else 0)
-        bar = tqdm(total=total, initial=have if resumed else 0, unit="B", unit_scale=True, desc=path.name)
-        with bar, open(partial, "ab" if resumed else "wb") as file:
+    try:
+        answer = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # there is nothing behind what is here: all of it, or something else
+            raise
+        if error.headers.get("Content-Range", "") == f"bytes */{have}":
+            partial.rename(path)
+            return
+        partial.unlink()
+        fetch_file(url, path)
+        return
+    with answer:
+        have = have if answer.status == 206 else 0
+        total = int(answer.headers.get("Content-Length", 0)) + have
+        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=path.name)
+        with bar, open(partial, "ab" if have else "wb") as file:
             while block := answer.read(1 << 20):
                 file.write(block)
                 bar.update(len(block))
