@@ -300,3 +300,23 @@ def test_a_fault_beside_the_known_difference_is_the_one_that_is_named(model_copy
     assert report["weights"]["modules_equal"] is True
     assert report["first_divergence"]["stage"] == "qformer.embeddings"
     assert "qformer.layernorm.eps is 1e-05, the reference has 1e-12" in report["summary"]
+
+
+@pytest.mark.parametrize(
+    ("change", "stage", "words"),
+    [
+        (lambda c: c["vision_config"].update(hidden_act="gelu_new"), "vision.block.00", "look at what it computes"),
+        (lambda c: c["text_config"].update(activation_function="gelu"), "language.block.00", "at what it computes"),
+        (lambda c: c.update(image_token_index=499), "language.inputs_embeds", "look between the stages"),
+    ],
+)
+def test_a_fault_that_no_weight_shows_is_placed_by_the_behaviour(model_copy, change, stage: str, words: str):
+    run = model_copy(OPT)
+    config = json.loads((run.model / "config.json").read_text())
+    change(config)
+    (run.model / "config.json").write_text(json.dumps(config))
+    report = api.verify(run, figures=False)
+    assert report.verdict == "diverges"
+    assert report["weights"]["modules_equal"] is True
+    assert report["first_divergence"]["stage"] == stage
+    assert words in report["summary"]

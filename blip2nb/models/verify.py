@@ -16,7 +16,7 @@ from blip2nb.errors import RequestError
 from blip2nb.models import huggingface
 from blip2nb.models.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
 from blip2nb.report import Report
-from blip2nb.trace.comparison import Comparison, compare
+from blip2nb.trace.comparison import ARRIVAL_TOLERANCE, Comparison, StageResult, compare
 from blip2nb.trace.diagnose import AttributeDifference, attribute_differences, repaired
 from blip2nb.trace.metrics import compare_logits, kl_per_position
 from blip2nb.variants import Variant, variant
@@ -353,7 +353,7 @@ def _first_divergence(
         weights = [one for one in content["weights"]["modules_different"] if first.module in one]
         if content["weights"]["dtype"] in LOSSY:
             weights = [f"the weights were cast to {content['weights']['dtype']}"]
-        cause = "; ".join(named + weights) or "unknown: weights and attributes of this stage are the reference's"
+        cause = "; ".join(named + weights) or _where_to_look(first)
     return {
         "stage": first.name,
         "module": first.module,
@@ -362,6 +362,13 @@ def _first_divergence(
         "excess": first.excess,
         "cause": cause,
     }
+
+
+def _where_to_look(stage: StageResult) -> str:
+    """What is left when neither a weight nor an attribute of the stage differs."""
+    if stage.arrival_error is not None and not stage.arrival_error <= ARRIVAL_TOLERANCE:
+        return "what arrives there differs, so look between the stages (tokens, positions, order, mask)"
+    return "its weights and plain attributes are LAVIS's, so look at what it computes (activation, scale, mask)"
 
 
 def _fusion(candidate: torch.nn.Module, tape: Tape, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -464,8 +471,6 @@ def _answer(verdict: str, causes: list[str], summary: str) -> dict[str, Any]:
 
 
 def _faulty(stage: Mapping[str, Any], threshold: float) -> bool:
-    from blip2nb.trace.comparison import ARRIVAL_TOLERANCE
-
     arrival, excess = stage["arrival_error"], stage["excess"]
     return (arrival is not None and not arrival <= ARRIVAL_TOLERANCE) or (
         excess is not None and not excess <= threshold
