@@ -63,16 +63,19 @@ class Run:
         """The run's own recording. Raises FileNotFoundError when it has none (a shipped one may fit)."""
         return Tape(self.tape_path)
 
+    def left(self) -> dict[str, Path]:
+        """What the run has left on disk, by a word for it."""
+        whole = {
+            "model": self.model,
+            "report": self.folder / "report.json",
+            "figures": self.figures,
+            "tape": self.tape_path,
+        }
+        return {word: path for word, path in whole.items() if path.exists()}
+
     def __repr__(self) -> str:
-        lines = [f"Run {self.folder.name}", f"  model    {self.model}"]
-        for label, path in (
-            ("tape", self.tape_path),
-            ("report", self.folder / "report.json"),
-            ("figures", self.figures),
-        ):
-            if path.exists():
-                lines.append(f"  {label:8s} {path}")
-        return "\n".join(lines)
+        lines = [f"  {word:8s} {path}" for word, path in ({"model": self.model} | self.left()).items()]
+        return "\n".join([f"Run {self.folder.name}", *lines])
 
 
 def outputs_folder(output_dir: str | Path = "") -> Path:

@@ -31,7 +31,7 @@ def describe(run: Run) -> str:
         lines += ["", f"{known['words']} ({known['id']})", f"  {known['why']}", f"  remedy: {known['fix']}"]
     lines += ["", "To caption as LAVIS does", *(f"  {line}" for line in usage(report["model_name"], run.model))]
     lines += ["", "Where things are"]
-    lines += [f"  {label:<10}{path}" for label, path in places(run)]
+    lines += [f"  {label:<10}{path}" for label, path in run.left().items()]
     return "\n".join(lines)
 
 
@@ -47,17 +47,6 @@ def usage(model_name: str, folder: Path) -> list[str]:
         f'inputs = processor(images=image, text="{prompt}", return_tensors="pt")',
         "model.generate(**inputs, num_beams=5, max_new_tokens=30)",
     ]
-
-
-def places(run: Run) -> list[tuple[str, Path]]:
-    """What the run has left on disk."""
-    whole = [
-        ("model", run.model),
-        ("report", run.folder / "report.json"),
-        ("figures", run.figures),
-        ("tape", run.tape_path),
-    ]
-    return [(label, path) for label, path in whole if path.exists()]
 
 
 def numbers(report: Mapping[str, Any]) -> list[tuple[str, str]]:

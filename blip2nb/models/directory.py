@@ -19,7 +19,7 @@ from blip2nb.variants import Variant
 from blip2nb.weights.convert import LOSSY, MANIFEST, Manifest, target_size, write_weights
 from blip2nb.weights.hashing import combine, digest
 from blip2nb.weights.mapping import plan
-from blip2nb.weights.sources import Files, Union, open_folder, shapes
+from blip2nb.weights.sources import Files, Union, holds_weights, shapes
 from blip2nb.weights.writer import whole_directory
 
 log = logging.getLogger("blip2nb")
@@ -88,11 +88,7 @@ _ALWAYS = ("config.json", "generation_config.json", "processor_config.json", "to
 
 def _whole(folder: Path) -> bool:
     """Whether every file that `convert` writes is there, and every shard."""
-    try:
-        open_folder(folder)
-    except RequestError:
-        return False
-    return all((folder / name).is_file() for name in _ALWAYS)
+    return all((folder / name).is_file() for name in _ALWAYS) and holds_weights(folder)
 
 
 def _weights_hash(wanted: Variant, opened: Union) -> str:
@@ -108,9 +104,14 @@ def _stamps(files: Files) -> list[dict[str, Any]]:
 
 
 def write_model(folder: Path, wanted: Variant, opened: Union, files: Files, recipe: dict[str, str]) -> None:
+    """Write the whole directory, after everything that can be checked without reading the weights.
+
+    Raises:
+        RequestError: the files are not the variant's, hold what cannot be converted, or the disk is too small.
+    """
     work = plan(wanted, shapes(opened))
-    read_language_config(wanted, files.language)
-    load_tokenizer(wanted, files.language)
+    text = read_language_config(wanted, files.language)
+    tokenizer = load_tokenizer(wanted, files.language)
     dtype = recipe["dtype"]
     size = target_size(work, opened, dtype)
     _check_disk(folder, size)
@@ -118,7 +119,7 @@ def write_model(folder: Path, wanted: Variant, opened: Union, files: Files, reci
     with bar, whole_directory(folder) as out:
         manifest = write_weights(work, opened, out, dtype, recipe["max_shard_size"], progress=bar.update)
         manifest = dataclasses.replace(manifest, files=tuple(_stamps(files)), recipe=recipe)
-        write_configuration(wanted, files.language, out, dtype if dtype in LOSSY else "float32")
+        write_configuration(wanted, text, tokenizer, out, dtype if dtype in LOSSY else "float32")
         manifest.write(out)
     log.info("wrote %s", folder)
 

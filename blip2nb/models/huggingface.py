@@ -32,11 +32,8 @@ class Loaded:
     processor: Blip2Processor
 
 
-def load(folder: Path, device: str = "cpu", dtype: str = "float32", attn_implementation: str | None = None) -> Loaded:
-    """Load a converted directory with `from_pretrained`, in eval mode, with the PIL image processor.
-
-    Args:
-        attn_implementation: as in transformers; its own default ("sdpa") unless given.
+def load(folder: Path) -> Loaded:
+    """Load a converted directory with `from_pretrained`: float32 on the CPU, eval mode, the PIL image processor.
 
     Raises:
         RequestError: the directory lacks a tensor of the model, or holds one too many.
@@ -45,14 +42,13 @@ def load(folder: Path, device: str = "cpu", dtype: str = "float32", attn_impleme
     from transformers import AutoProcessor, Blip2ForConditionalGeneration
     from transformers.utils import logging as transformers_logging
 
-    options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it warns that T5's lm_head stays untied, which is what is wanted
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model, info = Blip2ForConditionalGeneration.from_pretrained(
-                folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True, **options
+                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
             )
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -60,38 +56,37 @@ def load(folder: Path, device: str = "cpu", dtype: str = "float32", attn_impleme
         if info.get(what):
             raise RequestError(f"{folder} does not load whole: {what.replace('_', ' ')}: {sorted(info[what])[:3]}.")
     processor = AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
-    return Loaded(model.to(device).eval(), processor)
+    return Loaded(model.eval(), processor)
 
 
-def write_configuration(variant: Variant, language: Path, folder: Path, dtype: str = "float32") -> None:
+def write_configuration(
+    variant: Variant, text: dict[str, Any], tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str = "float32"
+) -> None:
     """Write config.json, generation_config.json and the processor's files into `folder`.
 
     Args:
-        language: the language model's hub folder, with config.json and tokenizer.
+        text, tokenizer: the language model's own, as `read_language_config` and `load_tokenizer` give them. The
+            tokenizer gets `<image>` added.
         dtype: what `from_pretrained` is to load the weights as, unless it is told otherwise.
 
     Raises:
-        RequestError: the language model's folder lacks its configuration or tokenizer, or they do not fit.
+        RequestError: the tokenizer has more entries than the embedding has rows.
     """
-    tokenizer = load_tokenizer(variant, language)
     newline = tokenizer("\n", add_special_tokens=False).input_ids
     write_processor(variant, tokenizer, folder)
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     if image_token >= variant.language.vocabulary:
         raise RequestError(
-            f"{language}: <image> would be token {image_token}, but the embedding has {variant.language.vocabulary} "
-            "rows. The tokenizer belongs to another language model."
+            f"{tokenizer.name_or_path}: <image> would be token {image_token}, but the embedding has "
+            f"{variant.language.vocabulary} rows. The tokenizer belongs to another language model."
         )
-    config = model_config(
-        variant, read_language_config(variant, language), image_token, newline[0] if newline else None
-    )
+    config = model_config(variant, text, image_token, newline[0] if newline else None)
     config["dtype"] = dtype
     _write_json(folder / "config.json", config)
-    text = config["text_config"]
     ends = {
-        name: text[name]
+        name: config["text_config"][name]
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-        if name in text
+        if name in config["text_config"]
     }
     _write_json(folder / "generation_config.json", {**ends, **GENERATION})
 
@@ -251,18 +246,16 @@ def caption(loaded: Loaded, images: list[Image], prompt: str, **options: Any) ->
     """
     import torch
 
+    from blip2nb.models.lavis import until
+
     inputs = loaded.processor(images=images, text=[prompt] * len(images), return_tensors="pt").to(loaded.model.device)
     language = loaded.model.language_model
     with torch.no_grad():
         out = loaded.model.generate(**inputs, **options)
     start = 1 if language.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     end = language.config.eos_token_id
-    ids = [_until(row[start:].tolist(), end) for row in out]
+    ids = [until(row[start:].tolist(), end) for row in out]
     return {"ids": ids, "text": [one.strip() for one in loaded.processor.batch_decode(ids, skip_special_tokens=True)]}
-
-
-def _until(ids: list[int], end: int) -> list[int]:
-    return ids[: ids.index(end) + 1] if end in ids else ids
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from blip2nb.errors import RequestError
 from blip2nb.models import huggingface
 from blip2nb.models.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
 from blip2nb.report import Report
-from blip2nb.trace.comparison import ARRIVAL_TOLERANCE, Comparison, StageResult, compare
+from blip2nb.trace.comparison import ARRIVAL_TOLERANCE, Comparison, StageResult, compare, exceeds, faulty
 from blip2nb.trace.diagnose import AttributeDifference, attribute_differences, repaired
 from blip2nb.trace.metrics import compare_logits, kl_per_position
 from blip2nb.variants import Variant, variant
@@ -191,8 +191,8 @@ def _prove_behaviour(
     with repaired(loaded.model, [difference for _, difference in known]):
         fixed = compare(tape, loaded.model, table, inputs, progress=say) if known else None
         say("captions")
-        captions_fixed = _captions(loaded, model, tape, images) if known else None
-    captions = _captions(loaded, model, tape, images)
+        captions_fixed = _captions(loaded, tape, images) if known else None
+    captions = _captions(loaded, tape, images)
     expected = tape[table[-1].reference]
     content["threshold"] = shipped.threshold
     content["stages"] = [_stage(number, shipped, fixed) for number in range(len(table))]
@@ -203,7 +203,7 @@ def _prove_behaviour(
     content["known_differences"] = [_known(one, found, shipped, fixed) for one, found in known]
     content["known_differences"] += _beam_search(tape, captions)
     content["attribute_differences"] = [str(one) for one in unknown]
-    content["first_divergence"] = _first_divergence(shipped, fixed, known, unknown, content)
+    content["first_divergence"] = _first_divergence(shipped, unknown, content)
     content["fusion"] = _fusion(loaded.model, tape, arrays)
     _logits_arrays(loaded, shipped.outputs["logits"], expected, content, arrays)
     for name, errors in shipped.token_errors.items():
@@ -260,7 +260,7 @@ def _differences(
     return known, unknown
 
 
-def _captions(loaded: huggingface.Loaded, model: Variant, tape: Tape, images: Sequence[Image]) -> dict[str, Any]:
+def _captions(loaded: huggingface.Loaded, tape: Tape, images: Sequence[Image]) -> dict[str, Any]:
     """Caption every image in every mode and compare token ids with LAVIS's."""
     out: dict[str, Any] = {"prompt": tape.metadata["prompt"], "lavis": {}, "huggingface": {}, "modes": {}}
     for mode, options in CAPTION_MODES.items():
@@ -335,11 +335,7 @@ def _beam_search(tape: Tape, captions: Mapping[str, Any]) -> list[dict[str, Any]
 
 
 def _first_divergence(
-    shipped: Comparison,
-    fixed: Comparison | None,
-    known: Sequence[tuple[KnownDifference, AttributeDifference]],
-    unknown: Sequence[AttributeDifference],
-    content: Mapping[str, Any],
+    shipped: Comparison, unknown: Sequence[AttributeDifference], content: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     if not shipped.faults:
         return None
@@ -347,7 +343,7 @@ def _first_divergence(
     first = next((fault for fault in shipped.faults if fault.name not in accounted), shipped.faults[0])
     explained = [one for one in content["known_differences"] if first.name in one["explains"]]
     if explained:
-        cause = f"{explained[0]['words']}: LAVIS {explained[0]['lavis']}, transformers {explained[0]['transformers']}"
+        cause = _cause(explained[0])
     else:
         named = [str(one) for one in unknown if one.stage == first.name]
         weights = [one for one in content["weights"]["modules_different"] if first.module in one]
@@ -364,9 +360,13 @@ def _first_divergence(
     }
 
 
+def _cause(known: Mapping[str, Any]) -> str:
+    return f"{known['words']}: LAVIS {known['lavis']}, transformers {known['transformers']}"
+
+
 def _where_to_look(stage: StageResult) -> str:
     """What is left when neither a weight nor an attribute of the stage differs."""
-    if stage.arrival_error is not None and not stage.arrival_error <= ARRIVAL_TOLERANCE:
+    if exceeds(stage.arrival_error, ARRIVAL_TOLERANCE):
         return "what arrives there differs, so look between the stages (tokens, positions, order, mask)"
     return "its weights and plain attributes are LAVIS's, so look at what it computes (activation, scale, mask)"
 
@@ -461,8 +461,7 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
     )
     advice = "no caption: safe to ship as it is" if safe else "and some captions: apply the fix"
     assert known is not None  # only its counter-test leads here
-    cause = f"{known['words']}: LAVIS {known['lavis']}, transformers {known['transformers']}"
-    sentence = f"The same model but for one known cause: {cause}. {effect} and {advice}."
+    sentence = f"The same model but for one known cause: {_cause(known)}. {effect} and {advice}."
     return _answer("explained", causes or [known["id"]], sentence)
 
 
@@ -471,10 +470,7 @@ def _answer(verdict: str, causes: list[str], summary: str) -> dict[str, Any]:
 
 
 def _faulty(stage: Mapping[str, Any], threshold: float) -> bool:
-    arrival, excess = stage["arrival_error"], stage["excess"]
-    return (arrival is not None and not arrival <= ARRIVAL_TOLERANCE) or (
-        excess is not None and not excess <= threshold
-    )
+    return faulty(stage["arrival_error"], stage["excess"], threshold)
 
 
 def _versions() -> dict[str, str]:

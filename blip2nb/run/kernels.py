@@ -131,9 +131,9 @@ def open_request(
         request: the path of one that was prepared; else one is made for the model, and the tape goes to its run.
     """
     if not request:
-        run = new_run(variant(model_name).name, source, run_name, output_dir)
-        files = find_files(variant(model_name), source)
-        request = str(prepare(run.folder / "request", variant(model_name), files, source or model_name, device))
+        model = variant(model_name)
+        run = new_run(model.name, source, run_name, output_dir)
+        request = str(prepare(run.folder / "request", model, find_files(model, source), source or model_name, device))
         return {**lavis.read_request(request), "output": str(run.tape_path)}
     return lavis.read_request(request)
 

@@ -59,7 +59,7 @@ class StageResult:
 
     def faulty(self, threshold: float = THRESHOLD) -> bool:
         """Whether more than rounding happens here or on the way here. NaN is a fault."""
-        return _exceeds(self.arrival_error, ARRIVAL_TOLERANCE) or _exceeds(self.excess, threshold)
+        return faulty(self.arrival_error, self.excess, threshold)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ def compare(
         if not stage.is_junction and stage.name not in forcing.local:
             raise ValueError(f"{stage.name}: the candidate never called {stage.module}.")
         found = outputs.get(stage.candidate)
-        drift = None if found is None else distance(found, _value(recorded, stage))
+        drift = None if found is None else distance(found, recorded[stage.reference])
         local = forcing.local.get(stage.name, {})
         arrival = forcing.arrival.get(stage.name)
         results.append(StageResult(stage.name, stage.module, stage.is_junction, arrival, drift, **local))
@@ -141,8 +141,14 @@ def compare(
     return Comparison(tuple(results), by_name, forcing.token_errors)
 
 
-def _exceeds(value: float | None, limit: float) -> bool:
-    return value is not None and not value <= limit  # so that NaN exceeds every limit
+def exceeds(value: float | None, limit: float) -> bool:
+    """Whether a measured value is above a limit. NaN exceeds every limit, what was not measured none."""
+    return value is not None and not value <= limit
+
+
+def faulty(arrival_error: float | None, excess: float | None, threshold: float = THRESHOLD) -> bool:
+    """Whether more than rounding happens at a stage or on the way to it."""
+    return exceeds(arrival_error, ARRIVAL_TOLERANCE) or exceeds(excess, threshold)
 
 
 def _call(model: torch.nn.Module, inputs: Inputs) -> Any:
@@ -163,10 +169,6 @@ def _recorded(
     if missing:
         raise ValueError(f"The reference holds nothing for {missing[0]} ({len(missing)} places in all).")
     return recorded
-
-
-def _value(recorded: Tape | Mapping[str, torch.Tensor], stage: Stage) -> torch.Tensor:
-    return recorded[stage.reference]
 
 
 class _Forcing:
@@ -244,7 +246,7 @@ class _Forcing:
             if stage.name in seen:
                 return None
             seen.add(stage.name)
-            expected = _value(self.recorded, stage)
+            expected = self.recorded[stage.reference]
             if self._seen_by_referee is None:
                 self._measure(stage, module, args, kwargs, first_tensor(output), expected)
                 if self.progress is not None:

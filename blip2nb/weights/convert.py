@@ -1,6 +1,6 @@
 """A source's tensors to sharded safetensors, one at a time, with a manifest of where each came from; and back.
 
-Knows names and bytes alone. What makes the folder a model (configuration, tokenizer) is added by `blip2nb.api`.
+Knows names and bytes alone. What makes the folder a model (configuration, tokenizer) is added by `models.directory`.
 """
 
 from __future__ import annotations
@@ -92,12 +92,9 @@ def write_weights(
     if dtype not in CASTS:
         raise RequestError(f"--dtype should be one of {', '.join(CASTS)}, found {dtype!r}.")
     _check_left_out(plan, source)
-    slots = {
-        entry.target: Slot(str(entry.target), CASTS[dtype] or source.dtype(entry.sources[0]), entry.shape)
-        for entry in plan.written
-    }
+    slots = _slots(plan, source, dtype)
     entry_of = {entry.target: entry for entry in plan.written}
-    shards = shard(list(slots.values()), parse_size(max_shard_size))
+    shards = shard(slots, parse_size(max_shard_size))
     parameters: dict[str, str] = {}
     for one in shards:
         with shard_file(folder / one.name, one) as out:
@@ -122,10 +119,14 @@ def write_weights(
 
 def target_size(plan: Plan, source: Source, dtype: str = "auto") -> int:
     """Bytes that `write_weights` will write, without headers."""
-    return sum(
-        Slot(str(entry.target), CASTS[dtype] or source.dtype(entry.sources[0]), entry.shape).size
-        for entry in plan.written
-    )
+    return sum(slot.size for slot in _slots(plan, source, dtype))
+
+
+def _slots(plan: Plan, source: Source, dtype: str) -> list[Slot]:
+    """What will be written, in the plan's order."""
+    return [
+        Slot(str(entry.target), CASTS[dtype] or source.dtype(entry.sources[0]), entry.shape) for entry in plan.written
+    ]
 
 
 def _target(entry: Entry, source: Source, slot: Slot, parameters: dict[str, str]) -> torch.Tensor:
@@ -151,8 +152,7 @@ def _require_sound(source: Source, name: str, tensor: torch.Tensor) -> None:
     if not tensor.is_floating_point():
         raise RequestError(
             f"{name} in {source.origin(name).name} is {DTYPE_NAMES[tensor.dtype]}; floating-point weights were "
-            "expected. "
-            "Quantised checkpoints cannot be converted; use the one they were made from."
+            "expected. Quantised checkpoints cannot be converted; use the one they were made from."
         )
     if not bool(tensor.isfinite().all()):
         raise RequestError(
@@ -197,13 +197,13 @@ def inverse_tensors(model: Path, plan: Plan) -> Iterator[tuple[str, torch.Tensor
         yield from zip(entry.sources, back, strict=True)
 
 
-def _bytes_by_kind(plan: Plan, slots: Mapping[Any, Slot]) -> dict[str, dict[str, int]]:
+def _bytes_by_kind(plan: Plan, slots: Sequence[Slot]) -> dict[str, dict[str, int]]:
     """Bytes written by component (vision_model, qformer, …) and kind of rule: what the picture of the files draws."""
     out: dict[str, dict[str, int]] = {}
-    for entry in plan.written:
+    for entry, slot in zip(plan.written, slots, strict=True):
         component = str(entry.target).split(".", 1)[0]
         kinds = out.setdefault(component, {})
-        kinds[entry.kind] = kinds.get(entry.kind, 0) + slots[entry.target].size
+        kinds[entry.kind] = kinds.get(entry.kind, 0) + slot.size
     return out
 
 

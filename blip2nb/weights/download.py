@@ -9,7 +9,7 @@ from pathlib import Path
 
 from blip2nb.errors import RequestError
 from blip2nb.variants import Variant
-from blip2nb.weights.sources import Files, open_folder
+from blip2nb.weights.sources import Files, holds_weights
 
 LAVIS_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 _TIMEOUT = 10  # seconds to wait for a server to answer
@@ -60,12 +60,8 @@ def _language_folder(variant: Variant) -> Path:
 
 def _whole(folder: Path) -> bool:
     """Whether a hub folder holds weights with all their shards, a configuration and a tokenizer."""
-    try:
-        open_folder(folder)
-    except RequestError:
-        return False
     tokenizer = (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()
-    return tokenizer and (folder / "config.json").is_file()
+    return tokenizer and (folder / "config.json").is_file() and holds_weights(folder)
 
 
 def _fetch(variant: Variant, files: Files) -> None:

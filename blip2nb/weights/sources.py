@@ -218,6 +218,15 @@ def open_folder(folder: Path) -> Source:
     raise RequestError(f"{folder} should hold one of {', '.join((*_SINGLE, *_INDEXES))}; found: {found or 'nothing'}.")
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether `open_folder` would open it: weights, with every shard."""
+    try:
+        open_folder(folder)
+    except RequestError:
+        return False
+    return True
+
+
 def _shards(index: Path) -> list[Path]:
     """The files an index names. One that points outside its folder is refused, not followed."""
     try:
