@@ -6,15 +6,17 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blip2nb.errors import RequestError
 from blip2nb.report import Report
 from blip2nb.runs import Run, find_run, new_run, run_of_model
-from blip2nb.trace.tape import Tape
 from blip2nb.variants import variant
 from blip2nb.weights.convert import CASTS, Manifest
-from blip2nb.weights.sources import open_model
 from blip2nb.weights.writer import parse_size
+
+if TYPE_CHECKING:
+    from blip2nb.trace.tape import Tape
 
 log = logging.getLogger("blip2nb")
 
@@ -22,10 +24,11 @@ PROOFS = ("auto", "weights", "both")
 
 
 def convert(
-    model: str,
+    model: str = "",
     source: str | Path = "",
     output: str | Path = "",
     *,
+    base: str | Path = "",
     run_name: str = "",
     output_dir: str | Path = "",
     dtype: str = "auto",
@@ -36,9 +39,11 @@ def convert(
     """Convert a LAVIS BLIP-2 model into a directory that transformers loads. Needs neither LAVIS nor much memory.
 
     Args:
-        model: the variant's name (`blip2nb variants`).
+        model: the variant's name (`blip2nb variants`); may be left out where a checkpoint of LAVIS's trainer says it.
         source: a folder in the released layout, or one checkpoint to lay over the variant's own files.
         output: the directory to write; outputs/<run_name>/model unless given.
+        base: what a checkpoint is laid over instead of the variant's own files: a folder in the released layout, or a
+            directory that was converted to transformers already, such as Salesforce/blip2-opt-2.7b's.
         dtype: "auto" keeps every tensor's stored dtype and loses nothing; or float32, float16, bfloat16.
         max_shard_size: as in transformers, such as "5GB".
         overwrite: replace a directory that holds another conversion.
@@ -46,38 +51,49 @@ def convert(
             hub's login.
 
     Returns:
-        The run; `run.model` is the directory. One that holds the same conversion already is kept as it is.
+        The run; `run.model` is the directory. One that holds the same conversion already is kept as it is. What was
+        interrupted is gone on with by the same call.
 
     Raises:
         RequestError: the request or its input is wrong. Nothing is left behind.
     """
-    from blip2nb.models import directory, hub
-    from blip2nb.models.files import find_files
+    from blip2nb.models import directory
+    from blip2nb.models.files import open_source, which
 
-    wanted = variant(model)
+    wanted = which(model, source)
     if dtype not in CASTS:
         raise RequestError(f"--dtype should be one of {', '.join(CASTS)}, found {dtype!r}.")
     parse_size(max_shard_size)
     run = run_of_model(Path(output).expanduser()) if output else new_run(wanted.name, source, run_name, output_dir)
-    token = hub.find_token(push_to_hub) if push_to_hub else None
+    token = _hub_token(push_to_hub)
     directory.check_place(run.model)
-    files = find_files(wanted, source)
-    directory.check_apart(run.model, files)
-    opened = open_model(files, wanted)
-    recipe = directory.recipe_of(files, dtype, max_shard_size)
-    if not directory.holds_already(run.model, wanted, opened, files, recipe, overwrite):
-        directory.write_model(run.model, wanted, opened, files, recipe)
+    opened = open_source(wanted, source, base)
+    directory.check_apart(run.model, opened.files)
+    recipe = directory.recipe_of(opened.files, dtype, max_shard_size)
+    if not directory.holds_already(run.model, opened, recipe, overwrite):
+        directory.write_model(run.model, opened, recipe)
         run.forget_proof()
-    run.remember(source)
+    run.remember(source, base)
     if push_to_hub:
+        from blip2nb.models import hub
+
         hub.upload(run.model, push_to_hub, token)
     return run
+
+
+def _hub_token(repository: str) -> str | None:
+    if not repository:
+        return None
+    from blip2nb.models import hub
+
+    return hub.find_token(repository)
 
 
 def capture(
     model: str | Run,
     source: str | Path = "",
     *,
+    base: str | Path = "",
     output: str | Path = "",
     run_name: str = "",
     output_dir: str | Path = "",
@@ -89,7 +105,7 @@ def capture(
 
     Args:
         model: the variant's name, or a run.
-        source: as for `convert`.
+        source, base: as for `convert`.
         output: the tape's path; the run's tape.safetensors unless given.
         lavis_python: the python of an environment with LAVIS; found by itself where `make lavis` made one.
         device: "cpu" or a GPU's name, for LAVIS. Float32 on both.
@@ -99,19 +115,21 @@ def capture(
     Raises:
         RequestError: there is no LAVIS, or it could not do it.
     """
-    from blip2nb.models.files import find_files
+    from blip2nb.models.files import open_source, which
     from blip2nb.run import kernels, reference
 
-    wanted = variant(model if isinstance(model, str) else Manifest.read(model.model).model)
-    run = new_run(wanted.name, source, run_name, output_dir) if isinstance(model, str) else model
+    if isinstance(model, str):
+        wanted = which(model, source)
+        run = new_run(wanted.name, source, run_name, output_dir)
+    else:
+        run, wanted = model, variant(Manifest.read(model.model).model)
+        source, base = source or run.source, base or run.base
     lavis = reference.require_lavis(lavis_python, wanted)
-    if not isinstance(model, str):
-        source = source or run.source
-    files = find_files(wanted, source)
+    opened = open_source(wanted, source, base)
     path = Path(output).expanduser().resolve() if output else run.tape_path
     with _steps("LAVIS") as say:
         kind = Path(source).name if source else "twin" if wanted.twin else "released files"
-        return kernels.capture(wanted, files, path, lavis, kind, device, notebook, progress=say)
+        return kernels.capture(opened, path, lavis, kind, device, notebook, progress=say)
 
 
 def verify(
@@ -120,6 +138,7 @@ def verify(
     proof: str = "auto",
     tape: str | Path = "",
     source: str | Path = "",
+    base: str | Path = "",
     lavis_python: str | Path = "",
     device: str = "cpu",
     output: str | Path = "",
@@ -134,7 +153,7 @@ def verify(
             does what is possible, which for weights that were cast to half precision is the first alone.
         tape: a recording to compare with; one that fits is found (the run's own, or one that ships with the kit), or
             made where LAVIS is at hand.
-        source, lavis_python, device, notebook: for making one, as for `capture`.
+        source, base, lavis_python, device, notebook: for making one, as for `capture`.
         output: the folder for report and figures; the run's own unless given.
         figures: also draw them.
 
@@ -159,9 +178,10 @@ def verify(
     elif reference.can_compare(proof, manifest):
         found = reference.find_tape(run, manifest)
         if found is None and (proof == "both" or kernels.find_lavis(lavis_python) is not None):
-            found = capture(run, source, lavis_python=lavis_python, device=device, notebook=notebook)
+            found = capture(run, source, base=base, lavis_python=lavis_python, device=device, notebook=notebook)
     with _steps("verify") as say:
-        report = prove(run.model, found, reference.completion(run, manifest, source or run.source), progress=say)
+        again = reference.completion(run, manifest, source or run.source, base or run.base)
+        report = prove(run.model, found, again, progress=say)
     report.save(run.folder)
     if figures:
         draw(run)
@@ -181,7 +201,9 @@ def check_proof(
 
     if proof not in PROOFS:
         raise RequestError(f"The proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
-    wanted = variant(model)
+    from blip2nb.models.files import which
+
+    wanted = which(model, source)
     recorded = new_run(wanted.name, source, run_name, output_dir).tape_path.is_file()
     shipped = not source and reference.shipped_tape(wanted).is_file()
     if proof == "both" and not recorded and not shipped:

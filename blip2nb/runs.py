@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blip2nb.errors import RequestError
 from blip2nb.report import Report
-from blip2nb.trace.tape import Tape
+
+if TYPE_CHECKING:
+    from blip2nb.trace.tape import Tape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +37,27 @@ class Run:
     @property
     def source(self) -> str:
         """The source that was named for the conversion, as an absolute path; "" for a model's own files."""
+        return self._remembered("source")
+
+    @property
+    def base(self) -> str:
+        """The base that was named for it, as an absolute path; "" for none."""
+        return self._remembered("base")
+
+    def _remembered(self, what: str) -> str:
         try:
-            return json.loads((self.folder / "run.json").read_text())["source"]
+            return json.loads((self.folder / "run.json").read_text())[what]
         except (FileNotFoundError, ValueError, KeyError):
             return ""
 
-    def remember(self, source: str | Path) -> None:
-        """Keep the source for the proofs to come. Beside the model, not in it: it is a path of this machine."""
+    def remember(self, source: str | Path, base: str | Path = "") -> None:
+        """Keep source and base for the proofs to come. Beside the model, not in it: they are paths of this machine."""
         path = self.folder / "run.json"
-        if source:
+        named = {"source": source, "base": base}
+        given = {what: str(Path(where).expanduser().resolve()) for what, where in named.items() if where}
+        if given:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"source": str(Path(source).expanduser().resolve())}) + "\n")
+            path.write_text(json.dumps(given) + "\n")
         else:
             path.unlink(missing_ok=True)
 
@@ -61,6 +74,8 @@ class Run:
     @property
     def tape(self) -> Tape:
         """The run's own recording. Raises FileNotFoundError when it has none (a shipped one may fit)."""
+        from blip2nb.trace.tape import Tape  # which needs torch
+
         return Tape(self.tape_path)
 
     def left(self) -> dict[str, Path]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
 from blip2nb.errors import RequestError
 
@@ -163,6 +165,12 @@ def _table() -> dict[str, Variant]:
 VARIANTS: dict[str, Variant] = _table()
 RELEASED: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if not variant.twin)
 TWINS: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if variant.twin)
+
+
+def variant_of(fields: Mapping[str, Any]) -> Variant:
+    """The variant that `dataclasses.asdict` was called on."""
+    parts = {"vision": VisionSizes, "qformer": QFormerSizes, "language": LanguageSizes}
+    return Variant(**{name: parts[name](**value) if name in parts else value for name, value in fields.items()})
 
 
 def variant(name: str) -> Variant:

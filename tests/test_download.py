@@ -1,113 +1,751 @@
-"""Fetching a file from a real server on this machine: whole, broken off, gone on with, already complete, changed."""
+"""Released files by name: found where people have them, or fetched from real servers that break off, change and lie."""
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import dataclasses
+import hashlib
 import http.server
+import json
 import os
+import random
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
 import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
+import huggingface_hub.constants
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from blip2nb.errors import RequestError
 from blip2nb.models.files import own_files
 from blip2nb.variants import variant
 from blip2nb.weights import download
-from blip2nb.weights.download import fetch_file
+from blip2nb.weights.download import Part, fetch_file, locate, remote_size
 
-CONTENT = os.urandom(300_000)
+CONTENT = random.Random(1).randbytes(300_000)
+OTHER = random.Random(2).randbytes(300_000)
+SIZE = len(CONTENT)
 
 
-class _Server(http.server.BaseHTTPRequestHandler):
-    ranges = True
-    cut_at: int | None = None
-    asked: list[str | None]
+# -- a server
 
-    def do_GET(self):
-        wanted = self.headers.get("Range")
-        self.asked.append(wanted)
+
+@dataclasses.dataclass
+class Shelf:
+    """One file on a server, and the manners of that server. `asked` keeps the Range and If-Range of every request."""
+
+    content: bytes = CONTENT
+    headers: dict[str, str] = dataclasses.field(default_factory=lambda: {"ETag": '"first"'})
+    ranges: bool = True
+    if_range: bool = True
+    cuts: list[int] = dataclasses.field(default_factory=list)  # after how many bytes the next answers break off
+    broken_by: str = "end"  # how: an end of the connection, a reset, or silence
+    announce: int = 0  # by how much the announced length is wrong
+    surplus: bytes = b""  # what follows behind the end of a range
+    shift: int = 0  # by how much a range starts elsewhere than asked
+    halfway: Callable[[], object] = lambda: None  # called when half of an answer has been sent
+    status: int = 200
+    silence: threading.Event = dataclasses.field(default_factory=threading.Event)
+    asked: list[tuple[str | None, str | None]] = dataclasses.field(default_factory=list)
+    sent: int = 0
+    url: str = ""
+
+    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        wanted, condition = handler.headers.get("Range"), handler.headers.get("If-Range")
+        self.asked.append((wanted, condition))
         start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.ranges else 0
-        if wanted and self.ranges and start >= len(CONTENT):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(CONTENT)}")
-            self.end_headers()
+        if self.if_range and condition and condition not in self.headers.values():
+            start = 0
+        if start >= len(self.content):
+            handler.send_response(416)
+            handler.send_header("Content-Range", f"bytes */{len(self.content)}")
+            handler.end_headers()
             return
-        self.send_response(206 if wanted and self.ranges else 200)
-        self.send_header("Content-Length", str(len(CONTENT) - start))
-        self.end_headers()
-        self.wfile.write(CONTENT[start : self.cut_at])
+        body = self.content[start + self.shift :] + self.surplus if start else self.content
+        handler.send_response(206 if start else self.status)
+        if start:
+            total = len(self.content)
+            handler.send_header("Content-Range", f"bytes {start + self.shift}-{total - 1}/{total}")
+        handler.send_header("Content-Length", str(len(body) + self.announce))
+        for name, value in self.headers.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        if handler.command == "GET":
+            cut = self.cuts.pop(0) if self.cuts else None
+            send(handler, body[:cut], self.halfway)
+            self.sent += len(body[:cut])
+            if cut is not None and self.broken_by == "reset":
+                reset(handler)
+            if cut is not None and self.broken_by == "silence":
+                self.silence.wait(10)
 
-    def log_message(self, *arguments):
-        pass
+
+def send(handler: http.server.BaseHTTPRequestHandler, body: bytes, halfway: Callable[[], object]) -> None:
+    handler.wfile.write(body[: len(body) // 2])
+    halfway()
+    handler.wfile.write(body[len(body) // 2 :])
 
 
-@pytest.fixture
-def server():
-    handler = type("Handler", (_Server,), {"asked": []})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        handler.url = f"http://127.0.0.1:{running.server_port}/file.pth"
-        yield handler
+def reset(handler: http.server.BaseHTTPRequestHandler) -> None:
+    """End a connection the way that an unplugged router does."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+
+
+@contextlib.contextmanager
+def serving(answer: Callable[[http.server.BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """The address of a server on this machine whose every request goes to `answer`."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            answer(self)
+
+        def do_HEAD(self):
+            answer(self)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.daemon_threads = True
+        running.handle_error = lambda *arguments: None  # type: ignore[method-assign] # broken pipes are meant here
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()
 
 
-def test_a_file_arrives_whole(server, tmp_path: Path):
-    fetch_file(server.url, tmp_path / "new" / "file.pth")
-    assert (tmp_path / "new" / "file.pth").read_bytes() == CONTENT
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file.pth"]
+@pytest.fixture
+def shelf() -> Iterator[Shelf]:
+    shelf = Shelf()
+    with serving(shelf.answer) as address:
+        shelf.url = f"{address}/file.pth"
+        yield shelf
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "new" / "file.pth"
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "_PAUSE", 0.001)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def partial(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial")
+
+
+def begun(shelf: Shelf, target: Path, have: int = 100_000) -> None:
+    """An attempt that came this far and no further."""
+    shelf.cuts = [have] + [0] * 5 if shelf.ranges else [have] * 6
+    with pytest.raises(OSError, match="run again to go on"):
+        fetch_file(shelf.url, target)
+    assert partial(target).read_bytes() == shelf.content[:have]
+    shelf.asked.clear()
+
+
+def half_is_there(target: Path) -> bool:
+    return partial(target).exists() and partial(target).stat().st_size == SIZE // 2
+
+
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
+FETCH = """
+import logging, sys
+from pathlib import Path
+from blip2nb.weights import download
+download._PAUSE = 0.001
+logging.basicConfig(level=logging.INFO)
+download.fetch_file(sys.argv[1], Path(sys.argv[2]))
+"""
+
+
+@contextlib.contextmanager
+def child(code: str, *arguments: object, **environment: str) -> Iterator[subprocess.Popen[str]]:
+    """Another Python process. It does not outlive the test."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def ended(process: subprocess.Popen[str], within: float = 30) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=within)
+    return process.returncode, out, err
+
+
+def wait_for(what: Callable[[], bool], within: float = 20) -> None:
+    end = time.monotonic() + within
+    while not what():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.005)
+
+
+# -- a file arrives whole or not at all
+
+
+def test_a_file_arrives_whole_and_leaves_nothing_else(shelf: Shelf, target: Path):
+    fetch_file(shelf.url, target)
+    assert target.read_bytes() == CONTENT
+    assert names(target.parent) == ["file.pth"]
+    fetch_file(shelf.url, target)
+    assert len(shelf.asked) == 1  # it is there
+
+
+@settings(max_examples=30)
+@given(
+    cuts=st.lists(st.integers(0, SIZE - 1), max_size=12),
+    ranges=st.booleans(),
+    broken_by=st.sampled_from(["end", "reset"]),
+    headers=st.sampled_from([{}, {"ETag": '"first"'}, {"Last-Modified": "Wed, 01 Feb 2023 00:00:00 GMT"}]),
+)
+def test_however_often_and_wherever_it_breaks_off_it_ends_identical(cuts, ranges, broken_by, headers):
+    shelf = Shelf(cuts=cuts, ranges=ranges, broken_by=broken_by, headers=headers)
+    with serving(shelf.answer) as url, tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(download, "_PAUSE", 0)
+        target = Path(folder) / "file.pth"
+        said = []
+        while not target.exists():
+            try:
+                fetch_file(url, target)
+            except OSError as error:
+                said.append(str(error))
+        assert all(sentence.endswith("run again to go on") for sentence in said)
+        assert target.read_bytes() == CONTENT
+        assert names(target.parent) == ["file.pth"]
+        if ranges and broken_by == "end":
+            assert shelf.sent == SIZE  # nothing that came was asked for again
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-@pytest.mark.parametrize("cut_at", [1, 1000, 299_999])
-def test_what_broke_off_is_gone_on_with(server, tmp_path: Path, cut_at: int, ranges: bool):
-    path = tmp_path / "file.pth"
-    server.ranges, server.cut_at = ranges, cut_at
-    with pytest.raises(OSError, match=r"run again to go on|IncompleteRead|retrieval incomplete"):
-        fetch_file(server.url, path)
-    assert not path.exists()
-    server.cut_at = None
-    fetch_file(server.url, path)
-    assert path.read_bytes() == CONTENT
-    assert server.asked == [None, f"bytes={cut_at}-"]
+def test_a_connection_that_keeps_breaking_where_nothing_new_comes_is_given_up(shelf: Shelf, target: Path, ranges: bool):
+    shelf.ranges = ranges
+    begun(shelf, target)
+    shelf.cuts = [0] * 5 if ranges else [100_000] * 5
+    with pytest.raises(OSError, match=r"expected 300,000 bytes, found 100,000 so far .*; run again to go on"):
+        fetch_file(shelf.url, target)
+    assert len(shelf.asked) == 5
+    fetch_file(shelf.url, target)
+    assert target.read_bytes() == CONTENT
 
 
-def test_a_file_that_was_complete_but_not_renamed_is_taken(server, tmp_path: Path):
-    (tmp_path / "file.pth.partial").write_bytes(CONTENT)
-    fetch_file(server.url, tmp_path / "file.pth")
-    assert (tmp_path / "file.pth").read_bytes() == CONTENT
-    assert server.asked == [f"bytes={len(CONTENT)}-"]
+def test_a_server_that_falls_silent_is_not_waited_for_for_ever(shelf: Shelf, target: Path, monkeypatch):
+    monkeypatch.setattr(download, "_TIMEOUT", 0.05)
+    shelf.broken_by, shelf.cuts = "silence", [1000, 0, 0, 0, 0, 0]
+    with pytest.raises(OSError, match=r"found 1,000 so far \(timed out\); run again to go on"):
+        fetch_file(shelf.url, target)
+    shelf.silence.set()
+    fetch_file(shelf.url, target)
+    assert target.read_bytes() == CONTENT
 
 
-def test_more_than_there_is_was_something_else(server, tmp_path: Path):
-    (tmp_path / "file.pth.partial").write_bytes(CONTENT + b"more")
-    fetch_file(server.url, tmp_path / "file.pth")
-    assert (tmp_path / "file.pth").read_bytes() == CONTENT
+# -- two halves belong together
 
 
-def test_files_that_cannot_be_had_are_named_with_the_way_to_give_them(monkeypatch, tmp_path: Path):
-    monkeypatch.setenv("BLIP2NB_CACHE", str(tmp_path))
+@pytest.mark.parametrize("honest", [True, False], ids=["if_range_is_honoured", "if_range_is_ignored"])
+@pytest.mark.parametrize("mark", ["ETag", "Last-Modified"])
+def test_a_file_that_changed_between_two_attempts_is_started_anew(shelf: Shelf, target: Path, honest: bool, mark: str):
+    shelf.headers, shelf.if_range = {mark: '"first"'}, honest
+    begun(shelf, target)
+    shelf.content, shelf.headers = OTHER, {mark: '"second"'}
+    fetch_file(shelf.url, target)
+    assert target.read_bytes() == OTHER
+    assert shelf.asked[0] == ("bytes=100000-", '"first"')
+    assert shelf.asked[1:] == ([] if honest else [(None, None)])
+
+
+@pytest.mark.parametrize("size", [50_000, 100_000, 299_999, 300_001])
+def test_a_file_of_another_length_is_another_file(shelf: Shelf, target: Path, size: int):
+    shelf.headers = {}
+    begun(shelf, target)
+    shelf.content = random.Random(3).randbytes(size)
+    fetch_file(shelf.url, target)
+    assert target.read_bytes() == shelf.content
+
+
+def test_a_weak_etag_is_not_sent_as_a_condition_but_still_compared(shelf: Shelf, target: Path):
+    shelf.headers = {"ETag": 'W/"first"'}
+    begun(shelf, target)
+    shelf.content, shelf.headers = OTHER, {"ETag": 'W/"second"'}
+    fetch_file(shelf.url, target)
+    assert shelf.asked == [("bytes=100000-", None), (None, None)]
+    assert target.read_bytes() == OTHER
+
+
+@pytest.mark.parametrize("notes", [None, "", "{", "[1]", '{"url": 1}', '{"url": "http://elsewhere/", "total": 300000}'])
+def test_what_lies_there_without_notes_of_what_it_is_is_not_gone_on_with(shelf: Shelf, target: Path, notes: str | None):
+    begun(shelf, target)
+    partial(target).write_bytes(OTHER[:100_000])
+    target.with_name("file.pth.partial.json").unlink()
+    if notes is not None:
+        target.with_name("file.pth.partial.json").write_text(notes)
+    fetch_file(shelf.url, target)
+    assert target.read_bytes() == CONTENT
+    assert shelf.asked == [(None, None)]
+
+
+@pytest.mark.parametrize("style", ["x-goog-hash", "none"])
+def test_a_file_that_was_complete_but_not_renamed_is_taken_as_it_is(shelf: Shelf, target: Path, style: str):
+    shelf.headers = {} if style == "none" else md5(CONTENT, style)
+    begun(shelf, target)
+    partial(target).write_bytes(CONTENT)
+    fetch_file(shelf.url, target)
+    assert target.read_bytes() == CONTENT
+    assert shelf.asked == []
+
+
+def test_more_than_there_is_was_something_else(shelf: Shelf, target: Path):
+    begun(shelf, target)
+    partial(target).write_bytes(CONTENT + b"more")
+    fetch_file(shelf.url, target)
+    assert target.read_bytes() == CONTENT
+    assert shelf.asked == [(None, None)]
+
+
+# -- servers that are wrong
+
+
+def test_less_than_announced_is_not_taken_for_the_file(shelf: Shelf, target: Path):
+    shelf.announce = 10
+    with pytest.raises(OSError, match=r"expected 300,010 bytes, found 300,000 and none behind"):
+        fetch_file(shelf.url, target)
+    assert names(target.parent) == ["file.pth.lock"]
+    assert shelf.sent == SIZE
+
+
+def test_more_than_announced_is_not_taken_for_the_file(shelf: Shelf, target: Path):
+    begun(shelf, target)
+    shelf.surplus = bytes(10)
+    with pytest.raises(OSError, match=r"expected 300,000 bytes, found more; run again to start anew"):
+        fetch_file(shelf.url, target)
+    assert names(target.parent) == ["file.pth.lock"]
+
+
+def test_a_range_that_starts_elsewhere_is_not_joined(shelf: Shelf, target: Path):
+    begun(shelf, target)
+    shelf.shift = -5
+    with pytest.raises(OSError, match=r"expected bytes 100000-299999/300000, found bytes 99995-299999/300000"):
+        fetch_file(shelf.url, target)
+    fetch_file(shelf.url, target)
+    assert target.read_bytes() == CONTENT
+
+
+def test_a_web_page_is_not_taken_for_the_file(shelf: Shelf, target: Path):
+    shelf.headers = {"Content-Type": "text/html; charset=utf-8"}
+    with pytest.raises(OSError, match="web page instead of a file"):
+        fetch_file(shelf.url, target)
+    assert not target.exists()
+
+
+def test_a_refusal_is_said_at_once_and_a_busy_server_asked_again(shelf: Shelf, target: Path):
+    shelf.status = 404
+    with pytest.raises(OSError, match="404"):
+        fetch_file(shelf.url, target)
+    assert len(shelf.asked) == 1
+    shelf.status = 503
+    with pytest.raises(OSError, match="503"):
+        fetch_file(shelf.url, target)
+    assert len(shelf.asked) == 6
+
+
+def md5(content: bytes, style: str) -> dict[str, str]:
+    digest = base64.b64encode(hashlib.md5(content).digest()).decode()
+    return {"x-goog-hash": f"crc32c=AAAAAA==,md5={digest}"} if style == "x-goog-hash" else {"Content-MD5": digest}
+
+
+@pytest.mark.parametrize("style", ["x-goog-hash", "Content-MD5"])
+@pytest.mark.parametrize("cuts", [[], [70_000, 1, 100_000]], ids=["at_once", "in_pieces"])
+def test_a_file_that_came_damaged_is_deleted_and_said_so(shelf: Shelf, target: Path, style: str, cuts: list[int]):
+    shelf.headers, shelf.cuts = md5(OTHER, style), list(cuts)
+    with pytest.raises(OSError, match=rf"damaged: expected MD5 {hashlib.md5(OTHER).hexdigest()}, found .*start anew"):
+        fetch_file(shelf.url, target)
+    assert names(target.parent) == ["file.pth.lock"]
+    shelf.headers, shelf.cuts = md5(CONTENT, style), list(cuts)
+    fetch_file(shelf.url, target)
+    assert target.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("have", [100_000, SIZE])
+def test_what_was_damaged_on_the_disk_between_two_attempts_is_found(shelf: Shelf, target: Path, have: int):
+    shelf.headers = md5(CONTENT, "x-goog-hash")
+    begun(shelf, target)
+    partial(target).write_bytes(bytes(1) + CONTENT[1:have])
+    with pytest.raises(OSError, match="came damaged"):
+        fetch_file(shelf.url, target)
+    assert not partial(target).exists()
+
+
+# -- processes that meet, and that end
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["both_live", "the_first_is_killed"])
+def test_two_processes_that_want_the_same_file_take_turns(shelf: Shelf, target: Path, killed: bool):
+    gate = threading.Event()
+    shelf.halfway = lambda: gate.wait(20)
+    with child(FETCH, shelf.url, target) as first:
+        wait_for(lambda: half_is_there(target))
+        with child(FETCH, shelf.url, target) as second:
+            assert second.stderr is not None
+            assert "fetched by another process; waiting for it" in second.stderr.readline()
+            if killed:
+                first.kill()
+            gate.set()
+            assert [ended(first)[0], ended(second)[0]] == [-signal.SIGKILL if killed else 0, 0]
+    assert target.read_bytes() == CONTENT
+    assert names(target.parent) == ["file.pth"]
+    assert len(shelf.asked) == (2 if killed else 1)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "ctrl_c"])
+def test_a_process_that_ends_halfway_leaves_what_came_and_the_next_goes_on(
+    shelf: Shelf, target: Path, end: signal.Signals
+):
+    gate = threading.Event()
+    shelf.halfway = lambda: gate.wait(20)
+    with child(FETCH, shelf.url, target) as process:
+        wait_for(lambda: half_is_there(target))
+        process.send_signal(end)
+        status, _, said = ended(process)
+    gate.set()
+    assert status == -end
+    assert ("KeyboardInterrupt" in said) == (end == signal.SIGINT)
+    assert partial(target).read_bytes() == CONTENT[: SIZE // 2]
+    fetch_file(shelf.url, target)
+    assert target.read_bytes() == CONTENT
+    assert shelf.asked[1:] == [(f"bytes={SIZE // 2}-", '"first"')]
+
+
+# -- disks that are full
+
+
+def test_what_does_not_fit_on_the_disk_is_refused_before_any_of_it_comes(shelf: Shelf, target: Path):
+    shelf.announce = 10**18
+    with pytest.raises(OSError, match=r"file\.pth does not fit on the disk of .*expected 1,0.*, found .*"):
+        fetch_file(shelf.url, target)
+    assert names(target.parent) == ["file.pth.lock"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of half a megabyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only a user who may mount a file system can try a full disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_meanwhile_is_named_and_then_gone_on_with(shelf: Shelf, small_disk: Path):
+    target, others = small_disk / "file.pth", small_disk / "others"
+
+    def fill() -> None:
+        wait_for(lambda: half_is_there(target))
+        others.write_bytes(bytes(300_000))
+
+    shelf.halfway = fill
+    with pytest.raises(OSError, match=r"does not fit on the disk of .*, so make room there and run again to go on"):
+        fetch_file(shelf.url, target)
+    have = partial(target).stat().st_size
+    assert SIZE // 2 <= have < SIZE
+    others.unlink()
+    shelf.halfway = lambda: None
+    fetch_file(shelf.url, target)
+    assert target.read_bytes() == CONTENT
+    assert shelf.asked[1:] == [(f"bytes={have}-", '"first"')]
+
+
+def test_a_limit_on_the_size_of_files_is_a_full_disk_too(shelf: Shelf, target: Path):
+    with child(LIMIT.format(200_000) + FETCH, shelf.url, target) as process:
+        status, _, said = ended(process)
+    assert status == 1
+    assert "so make room there and run again to go on" in said.splitlines()[-1]
+    assert partial(target).read_bytes() == CONTENT[:200_000]
+    fetch_file(shelf.url, target)
+    assert target.read_bytes() == CONTENT
+
+
+# -- a released model by its name
+
+
+XL = variant("blip2-flan-t5-xl")
+TWIN = variant("tiny-blip2-flan-t5-xl")
+
+
+@pytest.fixture
+def caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Empty caches of LAVIS, of Hugging Face and of the kit."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("BLIP2NB_CACHE", str(tmp_path / "kit"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    return tmp_path
+
+
+def test_nothing_is_here_and_it_is_said_where_it_would_come_from(caches: Path):
+    vision, language, checkpoint = locate(XL)
+    assert [part.name for part in (vision, language, checkpoint)] == ["eva_vit_g.pth", "flan-t5-xl/", XL.checkpoint]
+    assert not any(part.here or part.size is not None for part in (vision, language, checkpoint))
+    assert vision.path == caches / "kit" / "lavis" / "eva_vit_g.pth"
+    assert checkpoint.where == f"to be fetched from {download.LAVIS_URL}{XL.checkpoint}"
+    assert language.where == "to be fetched from https://huggingface.co/google/flan-t5-xl"
+    assert names(caches) == []  # looking makes nothing
+
+
+def test_lavis_own_download_is_found_before_the_kits(caches: Path):
+    places = {"the kit's cache": caches / "kit" / "lavis", "LAVIS's download cache": caches / "torch/hub/checkpoints"}
+    for where, folder in places.items():
+        folder.mkdir(parents=True)
+        (folder / "eva_vit_g.pth").write_bytes(bytes(7))
+        vision = locate(XL)[0]
+        assert (vision.where, vision.path, vision.size, vision.here) == (where, folder / "eva_vit_g.pth", 7, True)
+
+
+def test_a_language_model_from_an_earlier_version_of_the_kit_is_found(caches: Path):
+    folder = caches / "kit" / "hub" / "flan-t5-xl"
+    shutil.copytree(own_files(TWIN).language, folder)
+    (folder / "flax_model.msgpack").write_bytes(bytes(10**6))
+    language = locate(XL)[1]
+    assert (language.where, language.path) == ("the kit's cache", folder)
+    assert language.size == sum(path.stat().st_size for path in folder.iterdir()) - 10**6
+
+
+@pytest.mark.parametrize("twin", ["tiny-blip2-flan-t5-xl", "tiny-blip2-opt-2.7b"])
+def test_a_language_model_counts_as_there_only_when_all_of_it_is(tmp_path: Path, twin: str):
+    folder = own_files(variant(twin)).language
+    assert download._whole(folder)
+    for missing in set(names(folder)) - {"special_tokens_map.json"}:
+        copy = tmp_path / missing
+        shutil.copytree(folder, copy)
+        (copy / missing).unlink()
+        assert not download._whole(copy), missing
+
+
+def test_of_a_hub_folder_one_form_of_the_weights_is_read_and_safetensors_before_the_rest():
+    small = ["config.json", "tokenizer_config.json", "merges.txt", "spiece.model"]
+    other = ["README.md", ".gitattributes", "flax_model.msgpack", "flax_model.msgpack.index.json", "tf_model.h5"]
+    other += ["onnx/config.json", "rust_model.ot", "training_args.bin"]
+    safe = ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    shards = ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+    for forms in (["model.safetensors"], safe, ["pytorch_model.bin"], shards):
+        everything = small + other + forms + (shards if "safetensors" in forms[0] else [])
+        assert sorted(download._wanted(everything)) == sorted(small + forms)
+
+
+@dataclasses.dataclass
+class Hub:
+    """A server with the part of the hub's interface that fetching a model takes, and with LAVIS's files."""
+
+    files: dict[str, bytes]
+    lavis: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    broken: dict[str, str] = dataclasses.field(default_factory=dict)  # name: how its first answer breaks off
+    claim: int = 0  # added to every size that it says
+    halfway: Callable[[str], object] = lambda name: None
+    asked: list[str] = dataclasses.field(default_factory=list)
+
+    SHA: ClassVar[str] = "0123456789abcdef0123456789abcdef01234567"
+
+    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        path = handler.path.split("?")[0]
+        self.asked.append(f"{handler.command} {path}")
+        kind, _, name = path.rpartition("/")
+        if path.startswith("/api/models/google/flan-t5-xl"):
+            self._json(handler, self._tree() if "/tree/" in path else self._info())
+        elif kind == "/lavis" and name in self.lavis:
+            self._file(handler, name, self.lavis[name])
+        elif kind.startswith("/google/flan-t5-xl/resolve/") and name in self.files:
+            self._file(handler, name, self.files[name])
+        else:
+            handler.send_error(404)
+
+    def _info(self) -> object:
+        siblings = [
+            {"rfilename": name, "size": len(content) + self.claim, "blobId": hashlib.sha1(content).hexdigest()}
+            for name, content in self.files.items()
+        ]
+        return {"id": "google/flan-t5-xl", "sha": self.SHA, "siblings": siblings}
+
+    def _tree(self) -> object:
+        return [
+            {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for name, content in self.files.items()
+        ]
+
+    def _json(self, handler: http.server.BaseHTTPRequestHandler, content: object) -> None:
+        body = json.dumps(content).encode()
+        handler.send_response(200)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    def _file(self, handler: http.server.BaseHTTPRequestHandler, name: str, content: bytes) -> None:
+        wanted = re.match(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+        start = int(wanted[1]) if wanted else 0
+        handler.send_response(206 if wanted else 200)
+        handler.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        handler.send_header("X-Repo-Commit", self.SHA)
+        handler.send_header("Accept-Ranges", "bytes")
+        if wanted:
+            handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        handler.send_header("Content-Length", str(len(content) - start))
+        handler.end_headers()
+        if handler.command == "HEAD":
+            return
+        how = self.broken.pop(name, None)
+        body = content[start : len(content) // 2 if how else None]
+        send(handler, body, lambda: self.halfway(name))
+        if how == "reset":
+            reset(handler)
+
+
+@pytest.fixture
+def hub() -> Hub:
+    folder = own_files(TWIN).language
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files |= {"flax_model.msgpack": bytes(1000), "tf_model.h5": bytes(1000), "README.md": b"# T5"}
+    files |= {"pytorch_model.bin": bytes(1000), "tf_model.h5.index.json": b"{}"}
+    return Hub(files, lavis={"eva_vit_g.pth": CONTENT, XL.checkpoint: OTHER})
+
+
+RELEASED = """
+import dataclasses, json, sys
+from blip2nb.variants import variant
+from blip2nb.weights import download
+download.LAVIS_URL = sys.argv[1] + "/lavis/"
+download._PAUSE = 0.001
+model = variant("blip2-flan-t5-xl")
+sizes = [download.remote_size(part, 5) for part in download.locate(model)] if "sizes" in sys.argv else []
+files = download.released_files(model)
+parts = [dataclasses.asdict(part) for part in download.locate(model)]
+print(json.dumps({"sizes": sizes, "language": files.language, "parts": parts}, default=str))
+"""
+
+
+@contextlib.contextmanager
+def releasing(address: str, folder: Path, *arguments: str, largest_file: int = -1) -> Iterator[subprocess.Popen[str]]:
+    """`released_files` in a process of its own, since the hub's library reads its environment once."""
+    environment = {name: str(folder / name) for name in ("HF_HOME", "TORCH_HOME", "BLIP2NB_CACHE")}
+    environment |= {"HF_HUB_CACHE": str(folder / "hf"), "HF_ENDPOINT": address, "HF_TOKEN": "hf_not_a_real_token"}
+    environment |= {"HF_HUB_OFFLINE": "", "TRANSFORMERS_OFFLINE": "", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with child(LIMIT.format(largest_file) + RELEASED, address, *arguments, **environment) as process:
+        yield process
+
+
+def test_a_released_model_is_fetched_into_the_caches_though_connections_break_and_then_found(hub: Hub, tmp_path: Path):
+    hub.broken = {"model-00001-of-00002.safetensors": "end", "model-00002-of-00002.safetensors": "reset"}
+    hub.broken |= {"eva_vit_g.pth": "end", XL.checkpoint: "reset"}
+    with serving(hub.answer) as address, releasing(address, tmp_path, "sizes") as process:
+        status, out, said = ended(process)
+        assert status == 0, said
+        assert not hub.broken
+        assert "hf_not_a_real_token" not in out + said
+        found = json.loads(out)
+        _, language, _ = parts = [Part(**part) for part in found["parts"]]
+        assert [part.where for part in parts] == ["the kit's cache", "the Hugging Face cache", "the kit's cache"]
+        assert [part.size for part in parts] == found["sizes"]
+        assert Path(parts[0].path).read_bytes() == CONTENT
+        assert Path(parts[2].path).read_bytes() == OTHER
+
+        folder = Path(found["language"])
+        assert folder == Path(language.path) == tmp_path / "hf" / "models--google--flan-t5-xl" / "snapshots" / hub.SHA
+        assert set(names(folder)) == set(names(own_files(TWIN).language))  # no other form of the weights
+        for name in names(folder):
+            assert (folder / name).is_symlink()
+            assert (folder / name).read_bytes() == hub.files[name]
+
+        hub.asked.clear()
+        with releasing(address, tmp_path) as again:
+            status, out, said = ended(again)
+        assert status == 0, said
+        assert json.loads(out)["parts"] == found["parts"]
+        assert hub.asked == []
+
+
+def test_ctrl_c_while_the_language_model_comes_ends_at_once_and_whole_files_are_kept(hub: Hub, tmp_path: Path):
+    gate, second = threading.Event(), "model-00002-of-00002.safetensors"
+    reached = threading.Event()
+    hub.halfway = lambda name: (reached.set(), gate.wait(20)) if name == second else None
+    with serving(hub.answer) as address:
+        with releasing(address, tmp_path) as process:
+            assert reached.wait(20)
+            process.send_signal(signal.SIGINT)
+            status, _, _ = ended(process, within=5)
+        assert status == -signal.SIGINT
+        gate.set()
+        hub.asked.clear()
+        with releasing(address, tmp_path) as process:
+            status, _, said = ended(process)
+        assert status == 0, said
+    assert [line for line in hub.asked if line.startswith("GET /google")] == [
+        f"GET /google/flan-t5-xl/resolve/main/{second}"
+    ]
+
+
+def test_a_language_model_that_does_not_fit_on_the_disk_is_refused_before_any_of_it_comes(hub: Hub, tmp_path: Path):
+    hub.claim = 10**17
+    with serving(hub.answer) as address, releasing(address, tmp_path) as process:
+        status, _, said = ended(process)
+    assert status == 1
+    assert "flan-t5-xl/ does not fit on the disk" in said.splitlines()[-1]
+    assert not any("/resolve/" in line for line in hub.asked)
+
+
+def test_a_disk_that_fills_up_while_the_language_model_comes_is_named(hub: Hub, tmp_path: Path):
+    with serving(hub.answer) as address, releasing(address, tmp_path, largest_file=350_000) as process:
+        status, _, said = ended(process)
+    assert status == 1
+    assert "flan-t5-xl/ does not fit on the disk of" in said.splitlines()[-1]
+
+
+def test_a_hub_without_a_tokenizer_is_said_to_lack_something(hub: Hub, tmp_path: Path):
+    del hub.files["tokenizer.json"]
+    with serving(hub.answer) as address, releasing(address, tmp_path) as process:
+        status, _, said = ended(process)
+    assert status == 1
+    assert "flan-t5-xl/ came, but something in it is missing" in said.splitlines()[-1]
+    assert "--source FOLDER" in said.splitlines()[-1]
+
+
+def test_files_that_cannot_be_had_are_named_with_the_way_to_give_them(caches: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(download, "LAVIS_URL", "http://127.0.0.1:9/")  # nobody listens there
-    with pytest.raises(RequestError, match=r"eva_vit_g\.pth.*--source FOLDER"):
+    with pytest.raises(
+        RequestError, match=r"eva_vit_g\.pth, opt-6\.7b/, blip2_pretrained_opt6\.7b\.pth.*--source FOLDER"
+    ):
         own_files(variant("blip2-opt-6.7b"))
 
 
-def test_lavis_own_download_is_found(monkeypatch, tmp_path: Path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    folder = tmp_path / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    (folder / "eva_vit_g.pth").write_bytes(b"")
-    assert download._lavis_file("eva_vit_g.pth") == folder / "eva_vit_g.pth"
-    assert download._lavis_file("other.pth").parent.name == "lavis"
+def test_the_size_on_a_server_is_unknown_when_it_cannot_be_reached_or_is_silent():
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never says a word
+        for port in (9, silent.getsockname()[1]):
+            part = Part("file.pth", Path("file.pth"), "", None, here=False, url=f"http://127.0.0.1:{port}/file.pth")
+            started = time.monotonic()
+            assert remote_size(part, timeout=0.2) is None
+            assert time.monotonic() - started < 1
 
 
-def test_a_language_model_counts_as_there_only_when_all_of_it_is(tmp_path: Path):
-    folder = own_files(variant("tiny-blip2-flan-t5-xl")).language
-    assert download._whole(folder)
-    for missing in ("config.json", "tokenizer.json", "model-00002-of-00002.safetensors"):
-        copy = tmp_path / missing
-        copy.mkdir()
-        for path in folder.iterdir():
-            if path.name != missing:
-                (copy / path.name).write_bytes(path.read_bytes())
-        assert not download._whole(copy)
+def test_the_size_on_a_server_is_what_it_announces(shelf: Shelf):
+    part = Part("file.pth", Path("file.pth"), "", None, here=False, url=shelf.url)
+    assert remote_size(part) == SIZE
+    shelf.status = 404
+    assert remote_size(part) is None

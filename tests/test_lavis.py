@@ -1,5 +1,6 @@
 """Against LAVIS itself, live, in its own environment: all seven twins, from their files to the verdict."""
 
+import dataclasses
 import json
 import subprocess
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 import blip2nb
 from blip2nb import errors
-from blip2nb.models.files import own_files
+from blip2nb.models.files import open_source
 from blip2nb.models.stages import module_pairs, stages
 from blip2nb.run import kernels
 from blip2nb.run.reference import SHIPPED_TAPES
@@ -34,7 +35,7 @@ def live_tapes(tmp_path_factory, lavis):
     requests = []
     for name in TWINS:
         model = variant(name)
-        requests.append(str(kernels.prepare(folder / name, model, own_files(model), "twin")))
+        requests.append(str(kernels.prepare(folder / name, open_source(model), "twin")))
     code = "import sys, record_lavis\nfor path in sys.argv[1:]: record_lavis.record(record_lavis.read_request(path))"
     command = [str(lavis.python), "-W", "ignore", "-c", code, *requests]
     subprocess.run(command, cwd=folder / TWINS[0], check=True, capture_output=True)
@@ -67,7 +68,17 @@ def test_a_twin_is_explained_by_one_cause_against_a_live_recording(name, live_ta
 def test_the_shipped_recording_is_what_lavis_does_today(name, live_tapes):
     shipped, live = Tape(SHIPPED_TAPES / f"{name}.safetensors"), live_tapes[name]
     assert Path(shipped.path).stat().st_size < 3e6
-    same = ("model", "parameters", "weights_hash", "inputs_hash", "texts", "prompt", "attributes", "pixels_sha256")
+    same = (
+        "model",
+        "parameters",
+        "weights_hash",
+        "source_hash",
+        "inputs_hash",
+        "texts",
+        "prompt",
+        "attributes",
+        "pixels_sha256",
+    )
     for what in same:
         assert shipped.metadata[what] == live.metadata[what], what
     for mode in ("greedy", "beams", "default"):
@@ -124,7 +135,7 @@ def test_a_persons_own_environment_serves_as_well(lavis, tmp_path):
 def test_the_recorder_runs_from_its_own_folder_without_the_kit(lavis, tmp_path):
     """The folder of a request is all that has to travel to where a model was trained."""
     model = variant("tiny-blip2-opt-2.7b")
-    kernels.prepare(tmp_path, model, own_files(model), "twin")
+    kernels.prepare(tmp_path, open_source(model), "twin")
     code = (
         "import sys; sys.modules['blip2nb'] = None\n"  # as where the kit is not installed
         "import record_lavis; record_lavis.main('request.json')"
@@ -135,7 +146,8 @@ def test_the_recorder_runs_from_its_own_folder_without_the_kit(lavis, tmp_path):
 
 
 def test_what_lavis_cannot_do_is_said_in_one_sentence(lavis, tmp_path):
-    files = own_files(variant("tiny-blip2-opt-2.7b"))
+    opened = open_source(variant("tiny-blip2-opt-2.7b"))
+    wrong = dataclasses.replace(opened, variant=dataclasses.replace(opened.variant, lavis_type="no such type"))
     with pytest.raises(errors.RequestError, match="LAVIS could not record the reference"):
-        kernels.capture(variant("tiny-blip2-opt-6.7b"), files, tmp_path / "tape.safetensors", lavis)
+        kernels.capture(wrong, tmp_path / "tape.safetensors", lavis)
     assert not list(tmp_path.glob("*.safetensors*"))

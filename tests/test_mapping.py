@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig, T5Config
 
 from blip2nb.errors import RequestError
-from blip2nb.models.huggingface import model_config
+from blip2nb.models.configuration import model_config
 from blip2nb.variants import RELEASED, VARIANTS, Variant, variant
 from blip2nb.weights.mapping import (
     FuseQueryValueBias,

@@ -17,7 +17,8 @@ from blip2nb.errors import RequestError
 from blip2nb.models.files import own_files
 from blip2nb.variants import TWINS, variant
 from blip2nb.weights.hashing import DTYPE_NAMES, digest
-from blip2nb.weights.sources import TorchFile, Union, open_file, open_folder, open_model, shapes
+from blip2nb.weights.mapping import entries
+from blip2nb.weights.sources import lay_over, open_file, open_folder, open_model, shapes
 
 # one tensor of every dtype, and the shapes that are easily got wrong
 TENSORS = {f"one.{name}": torch.arange(12).reshape(3, 4).to(dtype) for dtype, name in DTYPE_NAMES.items()}
@@ -26,10 +27,10 @@ PLAIN = {name: tensor.contiguous() for name, tensor in TENSORS.items()}
 
 
 def check(source, tensors=TENSORS) -> None:
-    assert sorted(source.names()) == sorted(tensors)
+    assert sorted(source) == sorted(tensors)
     assert shapes(source) == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    assert {name: source.dtype(name) for name in tensors} == {n: DTYPE_NAMES[t.dtype] for n, t in tensors.items()}
-    assert {name: digest(source.tensor(name)) for name in tensors} == {n: digest(t) for n, t in tensors.items()}
+    assert {name: source[name].dtype for name in tensors} == {n: DTYPE_NAMES[t.dtype] for n, t in tensors.items()}
+    assert {name: digest(source[name].tensor()) for name in tensors} == {n: digest(t) for n, t in tensors.items()}
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before_1.6"])
@@ -75,7 +76,7 @@ def write_shards(folder: Path, tensors, stem: str, ending: str, save, shards: in
 def test_safetensors_come_before_bin_where_a_folder_has_both(tmp_path: Path):
     save_file({"which": torch.tensor([1])}, tmp_path / "model.safetensors")
     torch.save({"which": torch.tensor([2])}, tmp_path / "pytorch_model.bin")
-    assert open_folder(tmp_path).tensor("which").item() == 1
+    assert open_folder(tmp_path)["which"].tensor().item() == 1
 
 
 @given(st.lists(st.sets(st.sampled_from("abcde"), min_size=1), min_size=1, max_size=4))
@@ -84,26 +85,28 @@ def test_the_later_part_of_a_union_wins(tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("union")
     for number, names in enumerate(parts):
         save_file({name: torch.full((number + 1,), number) for name in names}, folder / f"{number}.safetensors")
-    union = Union([open_file(folder / f"{number}.safetensors") for number in range(len(parts))])
+    sources = [open_file(folder / f"{number}.safetensors") for number in range(len(parts))]
+    union = lay_over(sources, variant("tiny-blip2-opt-2.7b")).tensors
     last = {name: number for number, names in enumerate(parts) for name in names}
-    assert set(union.names()) == set(last)
+    assert set(union) == set(last)
     for name, number in last.items():
-        assert union.tensor(name).tolist() == [number] * (number + 1)
-        assert union.shape(name) == (number + 1,)
-        assert union.origin(name) == folder / f"{number}.safetensors"
+        assert union[name].tensor().tolist() == [number] * (number + 1)
+        assert union[name].shape == (number + 1,)
+        assert union[name].path == folder / f"{number}.safetensors"
 
 
 @pytest.mark.parametrize("name", TWINS)
 def test_the_three_parts_of_a_twin_are_one_source_with_the_checkpoint_on_top(name: str):
     model = variant(name)
     files = own_files(model)
-    whole = open_model(files, model)
+    whole = open_model(files, model).tensors
     checkpoint = open_file(files.checkpoints[0])
-    for tensor in checkpoint.names():
-        assert digest(whole.tensor(tensor)) == digest(checkpoint.tensor(tensor))
-        assert whole.origin(tensor) == files.checkpoints[0]
-    assert {path.name for path in map(whole.origin, whole.names())} >= {model.checkpoint}
-    assert any(whole.origin(tensor).parent == files.language for tensor in whole.names())
+    aliases = {entry.sources[0] for entry in entries(model) if entry.kind == "Tied"}
+    for tensor in set(checkpoint) - aliases:
+        assert whole[tensor] == checkpoint[tensor]
+        assert whole[tensor].path == files.checkpoints[0]
+    assert not aliases & set(whole)
+    assert any(stored.path.parent == files.language for stored in whole.values())
 
 
 def file_bytes(folder: Path, kind: str, tensors: dict[str, torch.Tensor]) -> tuple[Path, bytes]:
@@ -204,7 +207,7 @@ def test_a_shard_that_is_not_there_is_named(tmp_path: Path):
 def test_a_pth_without_named_tensors_is_refused(tmp_path: Path, content: object):
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(RequestError, match=r"should hold a dict of tensors|holds no tensors"):
-        TorchFile(tmp_path / "weights.pth")
+        open_file(tmp_path / "weights.pth")
 
 
 def test_a_folder_without_weights_says_what_it_holds(tmp_path: Path):
@@ -220,4 +223,4 @@ def test_a_dtype_no_checkpoint_of_lavis_has_is_refused_with_the_tensors_name(tmp
     (save_file if ending == "safetensors" else torch.save)({"weight": torch.zeros(2)}, path)
     edit_weights(path, lambda tensors: tensors.update(weight=tensors["weight"].to(dtype)))
     with pytest.raises(RequestError, match="weight has dtype"):
-        open_file(path).dtype("weight")
+        open_file(path)

@@ -18,10 +18,11 @@ from blip2nb.models.tiny import FORMS, Form, twin_tensors
 from blip2nb.run.reference import SHIPPED_TAPES
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import RELEASED, TWINS, VARIANTS, variant
-from blip2nb.weights.convert import target_size
+from blip2nb.weights.convert import target_slots
 from blip2nb.weights.hashing import combine, digest
 from blip2nb.weights.mapping import entries, plan
-from blip2nb.weights.sources import open_file, open_folder, open_model, shapes
+from blip2nb.weights.sources import open_file, open_folder, open_model
+from blip2nb.weights.stored import digest_of
 
 
 def weights_hash(name: str) -> str:
@@ -47,8 +48,8 @@ def test_twins_are_bit_identical_in_a_process_with_other_hashes_and_threads(tmp_
         for file in files:
             if file.endswith((".pth", ".bin", ".safetensors")):
                 one, other = open_file(here / file), open_file(there / file)
-                assert list(one.names()) == list(other.names())
-                assert all(digest(one.tensor(tensor)) == digest(other.tensor(tensor)) for tensor in one.names())
+                assert list(one) == list(other)
+                assert all(one[tensor].digest() == other[tensor].digest() for tensor in one)
             else:
                 assert (here / file).read_bytes() == (there / file).read_bytes(), file
 
@@ -68,19 +69,19 @@ def test_a_twin_has_the_dtypes_that_the_released_files_have(name: str):
     assert not half & single
     assert single >= {"query_tokens", "Qformer", "ln_vision"}
     stored = open_file(own_files(model).vision)
-    assert {stored.dtype(tensor) for tensor in stored.names() if tensor != "head.bias"} <= {"F16", "F32"}
-    assert stored.dtype("cls_token") == "F16"  # eva_vit_g.pth is half, also where a checkpoint is laid over it
+    assert {value.dtype for tensor, value in stored.items() if tensor != "head.bias"} <= {"F16", "F32"}
+    assert stored["cls_token"].dtype == "F16"  # eva_vit_g.pth is half, also where a checkpoint is laid over it
 
 
 @pytest.mark.parametrize("name", TWINS)
 def test_a_twin_is_a_whole_source_of_finite_values(name: str):
     model = variant(name)
     source = open_model(own_files(model), model)
-    work = plan(model, shapes(source))
-    assert target_size(work, source) < 5_000_000
+    work = plan(model, source.shapes())
+    assert sum(slot.size for slot in target_slots(work, source)) < 5_000_000
     values = twin_tensors(model)
     assert sorted(values) == sorted(tensor for entry in work.written for tensor in entry.sources)
-    assert all(digest(source.tensor(tensor)) == digest(value) for tensor, value in values.items())
+    assert all(source.tensors[tensor].digest() == digest_of(value) for tensor, value in values.items())
     assert all(value.isfinite().all() and (value != value.flatten()[0]).any() for value in values.values())
 
 
@@ -100,11 +101,11 @@ def test_a_twins_files_have_the_form_it_claims(name: str):
     assert len(parts) == form.shards
     assert (f"{stem}.{ending}" in parts) == (form.shards == 1)
     assert (files.language / f"{stem}.{ending}.index.json").exists() == (form.shards > 1)
-    language = set(open_folder(files.language).names())
+    language = set(open_folder(files.language))
     assert any(tensor.startswith("decoder.layers.") for tensor in language) == (form.bare and "opt" in name)
     copies = {entry.sources[0].split(".", 1)[1] for entry in entries(model) if entry.kind == "Tied"}
     assert (copies <= language) == form.copies
-    vision = set(open_file(files.vision).names())
+    vision = set(open_file(files.vision))
     unused = {f"blocks.{model.vision.layers}.norm1.weight", "norm.weight", "head.bias"}
     assert vision & unused == (unused if form.unused else set())
     for path in (files.vision, *files.checkpoints):
@@ -156,5 +157,5 @@ def test_a_coco_twins_own_vision_tower_is_laid_over_the_224_pixel_one():
     model = variant("tiny-blip2-opt-2.7b-coco")
     files = own_files(model)
     positions = "visual_encoder.pos_embed"
-    assert open_file(files.vision).shape("pos_embed")[1] == (224 // 14) ** 2 + 1
-    assert open_model(files, model).shape(positions)[1] == (364 // 14) ** 2 + 1
+    assert open_file(files.vision)["pos_embed"].shape[1] == (224 // 14) ** 2 + 1
+    assert open_model(files, model).tensors[positions].shape[1] == (364 // 14) ** 2 + 1

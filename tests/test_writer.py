@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,11 +13,14 @@ import torch
 from conftest import snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from blip2nb.errors import RequestError
+from blip2nb.weights import writer
 from blip2nb.weights.hashing import DTYPE_NAMES, DTYPES, digest
-from blip2nb.weights.writer import Slot, parse_size, shard, shard_file, whole_directory, write_index
+from blip2nb.weights.sources import open_file
+from blip2nb.weights.stored import contents
+from blip2nb.weights.writer import ShardFile, Slot, parse_size, shard, whole_directory, write_index
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
 
@@ -30,12 +34,16 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
     return tensor.transpose(0, -1) if shape and draw(st.booleans()) else tensor
 
 
-def write(folder: Path, content: dict[str, torch.Tensor], largest: int) -> list[str]:
+def write(folder: Path, content: dict[str, torch.Tensor], largest: int, piece: int = 1 << 20) -> list[str]:
+    """Write as the converter does: every tensor in pieces, in an order other than the file's."""
     shards = shard([Slot(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in content.items()], largest)
     for one in shards:
-        with shard_file(folder / one.name, one) as out:
-            for slot in one.slots:
-                out.write(content[slot.name])
+        with contextlib.closing(ShardFile(folder, one)) as out:
+            for slot in reversed(one.slots):
+                data = contents(content[slot.name])[1]
+                for at in range(0, len(data), piece):
+                    out.write(slot.name, at, data[at : at + piece])
+            out.finish()
     write_index(folder, shards)
     return [one.name for one in shards]
 
@@ -63,17 +71,42 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path_factory: pytest.Temp
         assert written["metadata"] == {"total_size": sum(sizes)}
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(3), torch.zeros(2, 1), torch.zeros(2, dtype=torch.float16)])
-def test_a_tensor_other_than_the_one_announced_is_refused(tmp_path: Path, wrong: torch.Tensor):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("direct", [True, False], ids=["past_the_page_cache", "through_it"])
+def test_large_tensors_that_begin_anywhere_arrive_whole(tmp_path: Path, monkeypatch, dtype: torch.dtype, direct: bool):
+    """Whole pages go to the disk past the page cache, what is left at both ends through it."""
+    if not direct:
+        monkeypatch.setattr(writer, "_open_direct", lambda path: -1)
+    sizes = (3, 700_001, 5, 1_300_000, 1, 262_144, 2048)
+    content = {f"t{n}": torch.randn(size).to(dtype) for n, size in enumerate(sizes)}
+    save_file(content, tmp_path / "source.safetensors")
+    (one,) = shard([Slot(name, DTYPE_NAMES[dtype], tuple(t.shape)) for name, t in content.items()], 1 << 30)
+    source = open_file(tmp_path / "source.safetensors")
+    with contextlib.closing(ShardFile(tmp_path, one)) as out:
+        assert (out._direct >= 0) == direct or sys.platform != "linux"
+        for name in content:
+            at = 0
+            for piece in source[name].pieces(place=out.place(name)):
+                out.write(name, at, piece)
+                at += piece.nbytes
+        out.finish()
+    read = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in content.items())
+
+
+def test_more_bytes_than_were_announced_are_refused(tmp_path: Path):
     (one,) = shard([Slot("weight", "F32", (2,))], 100)
-    with pytest.raises(ValueError, match="weight was announced as"), shard_file(tmp_path / one.name, one) as out:
-        out.write(wrong)
+    with contextlib.closing(ShardFile(tmp_path, one)) as out, pytest.raises(ValueError, match="weight was announced"):
+        out.write("weight", 4, bytes(5))
 
 
-def test_leaving_before_the_last_tensor_is_an_error(tmp_path: Path):
-    (one,) = shard([Slot("first", "F32", (2,)), Slot("second", "F32", (2,))], 100)
-    with pytest.raises(ValueError, match="lacks 1 tensor"), shard_file(tmp_path / one.name, one) as out:
-        out.write(torch.zeros(2))
+def test_a_shard_has_its_name_only_once_it_is_whole(tmp_path: Path):
+    (one,) = shard([Slot("weight", "F32", (2,))], 100)
+    with contextlib.closing(ShardFile(tmp_path, one)) as out:
+        out.write("weight", 0, bytes(8))
+        assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors.partial"]
+        out.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 def fill(folder: Path) -> None:

@@ -1,12 +1,14 @@
-"""A converted directory: whether one may be written here, whether it is here already, and writing it."""
+"""A converted directory: whether one may be written here, whether it is here already, writing it, checking it."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,21 @@ from tqdm import tqdm
 
 from blip2nb import __version__
 from blip2nb.errors import RequestError
-from blip2nb.models.huggingface import load_tokenizer, read_language_config, write_configuration
-from blip2nb.variants import Variant
-from blip2nb.weights.convert import LOSSY, MANIFEST, Manifest, target_size, write_weights
-from blip2nb.weights.hashing import combine, digest
-from blip2nb.weights.mapping import plan
-from blip2nb.weights.sources import Files, Union, holds_weights, shapes
-from blip2nb.weights.writer import whole_directory
+from blip2nb.models.configuration import write_configuration
+from blip2nb.models.files import Opened
+from blip2nb.weights.convert import (
+    LOSSY,
+    MANIFEST,
+    Manifest,
+    check_weights,
+    file_hash,
+    source_digests,
+    target_slots,
+    write_weights,
+)
+from blip2nb.weights.sources import Files, holds_weights
+from blip2nb.weights.stored import combine
+from blip2nb.weights.writer import JOURNAL, unfinished_directory
 
 log = logging.getLogger("blip2nb")
 
@@ -36,15 +46,13 @@ def check_place(folder: Path) -> None:
 def check_apart(folder: Path, files: Files) -> None:
     """Refuse an output that would replace, or end up in, the files it is made from."""
     target = folder.resolve()
-    for path in (files.vision, files.language, *files.checkpoints):
+    for path in files.parts():
         source = path.resolve()
         if source.is_relative_to(target) or target.is_relative_to(source):
             raise RequestError(f"{folder} cannot be the output: {path} is read from there. Name another --output.")
 
 
-def holds_already(
-    folder: Path, wanted: Variant, opened: Union, files: Files, recipe: dict[str, str], overwrite: bool
-) -> bool:
+def holds_already(folder: Path, opened: Opened, recipe: dict[str, str], overwrite: bool) -> bool:
     """Whether the directory already holds just this conversion.
 
     Raises:
@@ -52,8 +60,8 @@ def holds_already(
     """
     if overwrite or not (folder / MANIFEST).is_file():
         return False
-    held = Manifest.read(folder)
-    if (held.model, held.dtype) != (wanted.name, recipe["dtype"]) or not _same_weights(held, wanted, opened, files):
+    held, wanted = Manifest.read(folder), opened.variant
+    if (held.model_variant, held.dtype) != (wanted, recipe["dtype"]) or not _same_weights(held, opened):
         raise RequestError(
             f"{folder} holds another run's model ({held.model}, dtype {held.dtype}, weights "
             f"{held.weights_hash[:12]}), not the {wanted.name} asked for. "
@@ -66,8 +74,13 @@ def holds_already(
     return False
 
 
-def _same_weights(held: Manifest, wanted: Variant, opened: Union, files: Files) -> bool:
-    return _stamps(files) == [dict(one) for one in held.files] or held.weights_hash == _weights_hash(wanted, opened)
+def _same_weights(held: Manifest, opened: Opened) -> bool:
+    return _stamps(opened.files) == [dict(one) for one in held.files] or held.weights_hash == weights_hash(opened)
+
+
+def weights_hash(opened: Opened) -> str:
+    """One hash over the parameters that a conversion of this would read. Reads all of them."""
+    return combine(source_digests(opened.plan(), opened.tensors))
 
 
 def recipe_of(files: Files, dtype: str, max_shard_size: str | int) -> dict[str, str]:
@@ -91,45 +104,74 @@ def _whole(folder: Path) -> bool:
     return all((folder / name).is_file() for name in _ALWAYS) and holds_weights(folder)
 
 
-def _weights_hash(wanted: Variant, opened: Union) -> str:
-    names = [name for entry in plan(wanted, shapes(opened)).written for name in entry.sources]
-    return combine({name: digest(opened.tensor(name)) for name in names})
-
-
 def _stamps(files: Files) -> list[dict[str, Any]]:
     """What tells at a glance that the files are those of last time: name, size and time of change."""
-    paths = [files.vision, *sorted(path for path in files.language.iterdir() if path.is_file()), *files.checkpoints]
+    beside = sorted(path for path in files.language.iterdir() if path.is_file())
+    paths = [*([files.vision] if files.vision else []), *beside, *files.checkpoints]
     stats = [(path.name, path.stat()) for path in paths]
     return [{"name": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats]
 
 
-def write_model(folder: Path, wanted: Variant, opened: Union, files: Files, recipe: dict[str, str]) -> None:
-    """Write the whole directory, after everything that can be checked without reading the weights.
+def write_model(folder: Path, opened: Opened, recipe: dict[str, str]) -> None:
+    """Write the whole directory, after everything that can be checked without reading the weights; or go on with what
+    an interrupted run has written of it.
 
     Raises:
         RequestError: the files are not the variant's, hold what cannot be converted, or the disk is too small.
     """
-    work = plan(wanted, shapes(opened))
-    text = read_language_config(wanted, files.language)
-    tokenizer = load_tokenizer(wanted, files.language)
+    wanted, tensors = opened.variant, opened.tensors
+    work = opened.plan()
     dtype = recipe["dtype"]
-    size = target_size(work, opened, dtype)
+    if dtype == "float16" and wanted.language.kind == "t5":
+        log.warning(
+            "flan-t5 overflows in float16 (transformers does not support it there): bfloat16 or auto is safer. "
+            "Its wo layers are kept in float32."
+        )
+    size = sum(slot.size for slot in target_slots(work, tensors, dtype))
+    stamps = _stamps(opened.files)
+    identity = json.dumps([dataclasses.asdict(wanted), recipe, stamps], sort_keys=True)
     _check_disk(folder, size)
     bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"convert {wanted.name}")
-    with bar, whole_directory(folder) as out:
-        manifest = write_weights(work, opened, out, dtype, recipe["max_shard_size"], progress=bar.update)
-        manifest = dataclasses.replace(manifest, files=tuple(_stamps(files)), recipe=recipe)
-        write_configuration(wanted, text, tokenizer, out, dtype if dtype in LOSSY else "float32")
-        manifest.write(out)
+    with bar, unfinished_directory(folder, identity) as out:
+        if out.done:
+            log.info("going on with an interrupted run: %d tensors are there, and are read back first", len(out.done))
+
+        loaded_as = dtype if dtype in LOSSY else "float32"
+        configure = partial(write_configuration, wanted, opened.text, opened.files.language, out.folder, loaded_as)
+        shard_size = recipe["max_shard_size"]
+        manifest = write_weights(work, tensors, out, dtype, shard_size, progress=bar.update, beside=configure)
+        beside = [path for path in sorted(out.folder.iterdir()) if path.name not in (*manifest.shards, JOURNAL)]
+        configuration = {path.name: file_hash(path) for path in beside if path.is_file()}
+        dataclasses.replace(manifest, files=tuple(stamps), recipe=recipe, configuration=configuration).write(out.folder)
     log.info("wrote %s", folder)
 
 
 def _check_disk(target: Path, size: int) -> None:
     """Raises RequestError when the files will not fit; configuration and headers are counted with 64 MB."""
-    place = next(path for path in target.parents if path.is_dir())
-    free = shutil.disk_usage(place).free
+    free = free_space(target) + _bytes_in(target.with_name(f".{target.name}.partial"))
     if free < size + 64_000_000:
         raise RequestError(
             f"{target} needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there. "
             "Make room, or name an --output on another disk."
         )
+
+
+def free_space(target: Path) -> int:
+    """Bytes free where a path is to be."""
+    return shutil.disk_usage(next(path for path in target.resolve().parents if path.is_dir())).free
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
+
+
+def check_model(folder: Path, opened: Opened | None) -> list[str]:
+    """Read a finished directory again, and its source where there is one: what differs from the manifest, if anything.
+
+    Raises:
+        RequestError: the directory is not one of ours.
+    """
+    manifest = Manifest.read(folder)
+    size = sum(one["bytes"] for one in manifest.shards.values())
+    with tqdm(total=size * (1 if opened is None else 2), unit="B", unit_scale=True, desc="check") as bar:
+        return check_weights(folder, manifest, opened.tensors if opened is not None else None, progress=bar.update)

@@ -1,43 +1,144 @@
-"""Which files a conversion reads: those the user names, or the variant's own."""
+"""Which files a conversion reads: those the user names, or the variant's own; and opening them as one model."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 from pathlib import Path
+from typing import Any
 
 from blip2nb.errors import RequestError
-from blip2nb.models import tiny
-from blip2nb.variants import Variant
-from blip2nb.weights.download import cache_folder, released_files
-from blip2nb.weights.mapping import check_part
-from blip2nb.weights.sources import Files, files_in, open_file, shapes
+from blip2nb.models.configuration import read_language_config
+from blip2nb.models.fit import configured, told_by, with_language, with_sizes
+from blip2nb.variants import Variant, variant
+from blip2nb.weights.download import cache_folder, locate, released_files
+from blip2nb.weights.mapping import POSITIONS, Plan, check_part, plan
+from blip2nb.weights.sources import (
+    Assembled,
+    Files,
+    files_in,
+    holds_weights,
+    open_checkpoint,
+    open_file,
+    open_model,
+    shapes,
+)
+
+log = logging.getLogger("blip2nb")
 
 
-def find_files(variant: Variant, source: str | Path = "") -> Files:
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model to convert: what it is, where its parts lie, its tensors, and its language model's configuration."""
+
+    variant: Variant
+    files: Files
+    tensors: Assembled
+    text: dict[str, Any]
+
+    def plan(self) -> Plan:
+        """The rules applied to these tensors. Raises RequestError where they are not a whole model."""
+        return plan(self.variant, self.tensors.shapes(), interpolate=not self.tensors.trained(POSITIONS))
+
+
+def which(model: str, source: str | Path = "") -> Variant:
+    """The variant that is meant: the one named, or the one that the checkpoint says it was trained from.
+
+    Raises:
+        RequestError: there is none of that name, or none was named and the source does not say.
+    """
+    if model:
+        return variant(model)
+    path = Path(source).expanduser()
+    if not source or not path.is_file():
+        raise RequestError("Name the model to convert (`blip2nb variants` lists them), or a checkpoint with --source.")
+    return told_by(path)
+
+
+def open_source(wanted: Variant, source: str | Path = "", base: str | Path = "") -> Opened:
+    """Find and open everything that makes up a model. Reads headers alone.
+
+    Args:
+        source, base: as for `find_files`.
+
+    Raises:
+        RequestError: something is missing, damaged or does not belong together.
+    """
+    files = find_files(wanted, source, base)
+    text = read_language_config(files)
+    where = files.language / "config.json"
+    sized = with_language(wanted, text, where)
+    tensors = open_model(files, sized)
+    return Opened(with_sizes(sized, tensors, where), files, tensors, text)
+
+
+def find_files(variant: Variant, source: str | Path = "", base: str | Path = "") -> Files:
     """The files to convert.
 
     Args:
-        source: a folder in the released layout; or one checkpoint, which is laid over the variant's own files; or
-            nothing, for the variant's own.
+        source: a folder in the released layout; or one checkpoint, which is laid over a base; or nothing, for the
+            variant's own.
+        base: what a checkpoint is laid over: a folder in the released layout, or a directory that was converted to
+            transformers already; the variant's own files unless given.
 
     Raises:
         RequestError: something is missing and cannot be fetched; the sentence says what and how to give it.
     """
-    if not source:
-        return own_files(variant)
     path = Path(source).expanduser()
-    if path.is_file():
-        check_part(variant, shapes(open_file(path)), str(path))  # before gigabytes are fetched for it
-        base = own_files(variant)
-        return dataclasses.replace(base, checkpoints=(*base.checkpoints, path))
-    if not path.is_dir():
+    if source and path.is_dir():
+        if base:
+            raise RequestError(f"--source {path} is a whole model, so there is nothing to lay over a --base.")
+        return _in_folder(path, variant, "--source")
+    if source and not path.is_file():
         raise RequestError(f"--source {path} does not exist. Expected a folder in the released layout or a checkpoint.")
+    if not source:
+        return _named_base(variant, base) if base else own_files(variant)
+    tensors, config = (open_file(path), {}) if path.suffix == ".safetensors" else open_checkpoint(path)
+    expected = configured(variant, config)
+    check_part(expected, shapes(tensors), str(path))  # before gigabytes are fetched for it
+    files = _named_base(expected, base) if base else _own_base(expected)
+    return dataclasses.replace(files, checkpoints=(*files.checkpoints, path))
+
+
+def _named_base(variant: Variant, base: str | Path) -> Files:
+    folder = Path(base).expanduser()
+    return _converted(folder) if is_converted(folder) else _in_folder(folder, variant, "--base")
+
+
+def _own_base(variant: Variant) -> Files:
+    """The variant's own files; where not all are at hand, the model as the Hugging Face cache may hold it already."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if not variant.twin and not all(part.here for part in locate(variant)):
+        config = try_to_load_from_cache(f"Salesforce/{variant.name}", "config.json")
+        if isinstance(config, str) and holds_weights(Path(config).parent):
+            log.info("laying it over Salesforce/%s, which is in the Hugging Face cache", variant.name)
+            return _converted(Path(config).parent)
+    return own_files(variant)
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder is a BLIP-2 directory of transformers."""
+    try:
+        return json.loads((folder / "config.json").read_text()).get("model_type") == "blip-2"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _converted(folder: Path) -> Files:
+    return Files(vision=None, language=folder, checkpoints=(), base=folder)
+
+
+def _in_folder(path: Path, variant: Variant, option: str) -> Files:
+    if not path.is_dir():
+        raise RequestError(f"{option} {path} does not exist. Expected a folder in the released layout.")
     files = files_in(path, variant)
     missing = ", ".join(part.name for part in files.missing())
     if missing:
         found = ", ".join(sorted(part.name for part in path.iterdir())) or "nothing"
         raise RequestError(
-            f"{path} should hold {files.vision.name}, {files.checkpoints[0].name} and {files.language.name}/ "
+            f"{path} should hold eva_vit_g.pth, {variant.checkpoint} and {variant.language_folder}/ "
             f"for {variant.name}; missing: {missing}; found: {found}. Put them there, or name another folder or model."
         )
     return files
@@ -47,6 +148,8 @@ def own_files(variant: Variant) -> Files:
     """A twin's files, made on the spot and kept; a released variant's, from a cache or the network."""
     if not variant.twin:
         return released_files(variant)
+    from blip2nb.models import tiny  # which needs torch
+
     folder = cache_folder() / "twins" / f"{variant.name}-r{tiny.REVISION}"
     if not folder.is_dir():
         tiny.write_twin(variant, folder)

@@ -97,6 +97,7 @@ def run(model, digests, request, progress=None):
         "pixels_sha256": [_sha256(one) for one in pixels],
         "parameters": digests,
         "weights_hash": combine(digests),
+        "source_hash": request["source_hash"],
         "inputs_hash": request["inputs_hash"],
         "attributes": attributes(model),
         "device": str(device),
@@ -301,23 +302,48 @@ def _fill(model, request):
     """Lay vision file, language model and checkpoints over each other, as float32. Returns name -> digest as stored."""
     stored = {}
     files = request["files"]
-    aliases = set(request["aliases"])
-    prefix = request["language_prefix"]
+    aliases = request["aliases"]
     known = set(model.state_dict())
-    vision = dict(_read(files["vision"]))
-    _interpolate(model.visual_encoder, vision)
-    parts = [(("visual_encoder." + name, value) for name, value in vision.items())]
-    parts.append((_language_name(prefix, name), value) for name, value in _read_folder(files["language"]))
+    parts = [_base(model, request)]
     parts.extend(_read(path) for path in files["checkpoints"])
     for part in parts:
+        spare = {}
         for name, value in part:
-            if name in known and name not in aliases:
+            if name in aliases:
+                spare[aliases[name]] = value
+            elif name in known:
+                stored[name] = digest(value)
+                _assign(model, name, value)
+        for name, value in spare.items():  # a file may hold a tensor under its second name alone
+            if name not in stored:
                 stored[name] = digest(value)
                 _assign(model, name, value)
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta and name.endswith("position_ids"):
             _assign(model, name, torch.arange(buffer.shape[-1]).expand(buffer.shape))
     return stored
+
+
+def _base(model, request):
+    """(LAVIS name, tensor) of what the checkpoints are laid over: vision file and language model, or a directory that
+    was converted already, taken apart again by the table of modules that are paired."""
+    files, tower = request["files"], model.visual_encoder
+    if files["base"] is not None:
+        held = dict(_read_folder(files["base"]))
+        pairs = request["pairs"].items()
+        found = {name: held[target][start:stop] for name, (target, start, stop) in pairs if target in held}
+        positions = {"pos_embed": found["visual_encoder.pos_embed"]}
+        _interpolate(tower, positions)
+        found["visual_encoder.pos_embed"] = positions["pos_embed"]
+        for pair in found.items():
+            yield pair
+        return
+    vision = dict(_read(files["vision"]))
+    _interpolate(tower, vision)
+    for name, value in vision.items():
+        yield "visual_encoder." + name, value
+    for name, value in _read_folder(files["language"]):
+        yield _language_name(request["language_prefix"], name), value
 
 
 def _interpolate(tower, vision):
@@ -369,10 +395,11 @@ def _read(path):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (TypeError, RuntimeError):  # an older torch, or an older file
         content = torch.load(path, map_location="cpu", weights_only=True)
-    content = content.get("model", content)
-    for name, value in content.items():
-        if isinstance(value, torch.Tensor):
-            yield name, value
+    content = content["model"] if isinstance(content.get("model"), dict) else content
+    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    distributed = all(name.startswith("module.") for name in tensors)
+    for name, value in tensors.items():
+        yield name[len("module.") :] if distributed else name, value
 
 
 def _eval_processor(request):
@@ -382,7 +409,9 @@ def _eval_processor(request):
     from omegaconf import OmegaConf
 
     path = registry.get_model_class(request["class"]).default_config_path(request["type"])
-    return load_preprocess(OmegaConf.load(path).preprocess)[0]["eval"]
+    config = OmegaConf.load(path).preprocess
+    config.vis_processor.eval.image_size = request["image_size"]  # as a training at another size has it
+    return load_preprocess(config)[0]["eval"]
 
 
 def _open_image(path):

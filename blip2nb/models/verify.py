@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from blip2nb.errors import RequestError
-from blip2nb.models import huggingface
+from blip2nb.models import configuration, huggingface
 from blip2nb.models.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
 from blip2nb.report import Report
 from blip2nb.trace.comparison import ARRIVAL_TOLERANCE, Comparison, StageResult, compare, exceeds, faulty
 from blip2nb.trace.diagnose import AttributeDifference, attribute_differences, repaired
 from blip2nb.trace.metrics import compare_logits, kl_per_position
-from blip2nb.variants import Variant, variant
+from blip2nb.variants import Variant
+from blip2nb.weights import hashing, stored
 from blip2nb.weights.convert import LOSSY, Manifest, inverse_tensors
-from blip2nb.weights.hashing import digest_as
 from blip2nb.weights.mapping import MappingError, Plan, entries
 from blip2nb.weights.sources import open_folder, shapes
 
@@ -56,7 +56,7 @@ def verify(folder: Path, tape: Tape | None, completion: str = "", progress: Prog
     started = time.time()
     say = progress or (lambda word: None)
     manifest = Manifest.read(folder)
-    model = variant(manifest.model)
+    model = manifest.model_variant
     say("weights")
     content: dict[str, Any] = {
         "format": 1,
@@ -106,6 +106,8 @@ def prove_weights(folder: Path, manifest: Manifest, model: Variant, tape: Tape |
         "dropped": dict(manifest.dropped),
         "tied": dict(manifest.tied),
         "unused": dict(manifest.unused),
+        "no_way_back": dict(manifest.no_way_back),
+        "origins": dict(manifest.origins),
         "roundtrip": roundtrip,
         "roundtrip_differences": differences,
         "modules_equal": equal,
@@ -135,19 +137,20 @@ def _round_trip(folder: Path, manifest: Manifest, model: Variant) -> tuple[bool 
     """Whether the inverse rules give back every tensor that was read, bit for bit. None after a lossy cast."""
     if manifest.dtype in LOSSY:
         return None, []
-    held = set(open_folder(folder).names())  # what is missing is reported as that
+    held = set(open_folder(folder))  # what is missing is reported as that
     whole = [entry for entry in entries(model) if not entry.optional and entry.target in held]
+    whole = [entry for entry in whole if entry.sources[0] not in manifest.no_way_back]
     seen, differences = set(), []
     try:
         for name, tensor in inverse_tensors(folder, Plan(model, tuple(whole), (), (), {})):
             seen.add(name)
-            if digest_as(tensor, manifest.parameters[name]) != manifest.parameters[name]:
+            if stored.digest_as(tensor, manifest.parameters[name]) != manifest.parameters[name]:
                 differences.append(name)
     except MappingError as error:
         differences.append(str(error))
     except KeyError as error:
         differences.append(f"{error.args[0]} is not in the directory")
-    gone = [name for name in manifest.parameters if name not in seen]
+    gone = [name for name in manifest.parameters if name not in seen and name not in manifest.no_way_back]
     differences += [] if differences else [f"{name} cannot be computed back" for name in gone]
     return not differences, differences
 
@@ -157,7 +160,7 @@ def _modules(saved: Any, model: Variant, tape: Tape | None) -> tuple[bool | None
     if tape is None:
         return None, [], 0
     pairs = parameter_pairs(model)
-    names = set(saved.names())
+    names = set(saved)
     different, covered = [], set()
     for reference, expected in tape.metadata["parameters"].items():
         target, rows = pairs.get(reference, (None, None))
@@ -165,8 +168,8 @@ def _modules(saved: Any, model: Variant, tape: Tape | None) -> tuple[bool | None
             different.append(f"{reference} has no counterpart")
             continue
         covered.add(target)
-        tensor = saved.tensor(target)
-        if digest_as(tensor if rows is None else tensor[rows], expected) != expected:
+        tensor = saved[target].tensor()
+        if hashing.digest_as(tensor if rows is None else tensor[rows], expected) != expected:
             different.append(f"{reference} is not {target}")
     different += [f"{name} has no counterpart in LAVIS" for name in sorted(names - covered)]
     return not different, different, len(tape.metadata["parameters"])
@@ -227,8 +230,8 @@ def _pixels(folder: Path, tape: Tape, pil: torch.Tensor, image: Image, arrays: d
     expected = tape["pixel_values"]
     default = AutoProcessor.from_pretrained(folder, local_files_only=True)
     other = default.image_processor(images=[image], return_tensors="pt")["pixel_values"]
-    std = torch.tensor(huggingface.IMAGE_STD).view(3, 1, 1)
-    mean = torch.tensor(huggingface.IMAGE_MEAN).view(3, 1, 1)
+    std = torch.tensor(configuration.IMAGE_STD).view(3, 1, 1)
+    mean = torch.tensor(configuration.IMAGE_MEAN).view(3, 1, 1)
     levels = {name: ((expected - value)[0] * std * 255).round() for name, value in (("pil", pil), ("default", other))}
     for name, value in levels.items():
         arrays[f"pixels/{name}"] = value.clamp(-127, 127).to(torch.int8).numpy()

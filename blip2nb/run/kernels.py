@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from blip2nb.errors import RequestError
-from blip2nb.models import inputs, lavis
-from blip2nb.models.files import find_files
-from blip2nb.models.stages import stages
+from blip2nb.models import configuration, inputs, lavis
+from blip2nb.models.directory import weights_hash
+from blip2nb.models.files import Opened, open_source, which
+from blip2nb.models.stages import parameter_pairs, stages
 from blip2nb.runs import new_run
 from blip2nb.trace.stage import places
 from blip2nb.trace.tape import Tape
-from blip2nb.variants import Variant, variant
+from blip2nb.variants import Variant
 from blip2nb.weights.mapping import Tied, entries
-from blip2nb.weights.sources import Files
 
 KERNEL = "lavis"
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -73,12 +73,14 @@ def find_lavis(lavis_python: str | Path = "") -> Lavis | None:
     return Lavis(own, None) if own.is_file() else None
 
 
-def prepare(folder: Path, model: Variant, files: Files, source: str, device: str = "cpu") -> Path:
-    """Write a request for LAVIS and all it needs into `folder`; returns the request's path.
+def prepare(folder: Path, opened: Opened, source: str, device: str = "cpu") -> Path:
+    """Write a request for LAVIS and all it needs into `folder`; returns the request's path. Reads the weights once, for
+    the hash by which a recording and a conversion of the same weights know each other.
 
     The folder can be copied to the machine where LAVIS is (then mend the paths under "files" in request.json) and run
     there with `python record_lavis.py request.json`; what comes back is tape.safetensors.
     """
+    model, files = opened.variant, opened.files
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in _FILES.items():
         shutil.copyfile(path, folder / name)
@@ -100,11 +102,14 @@ def prepare(folder: Path, model: Variant, files: Files, source: str, device: str
         "language": dataclasses.asdict(model.language),
         "language_prefix": model.language_prefix,
         "files": {
-            "vision": str(files.vision.absolute()),
-            "language": str(files.language.absolute()),
+            "vision": str(files.vision.absolute()) if files.vision is not None else None,
+            "language": _language_folder(folder, opened),
             "checkpoints": [str(path.absolute()) for path in files.checkpoints],
+            "base": str(files.base.absolute()) if files.base is not None else None,
         },
-        "aliases": [entry.sources[0] for entry in entries(model) if isinstance(entry.rule, Tied)],
+        "aliases": {entry.sources[0]: entry.of for entry in entries(model) if isinstance(entry.rule, Tied)},
+        "pairs": _pairs(model) if files.base is not None else {},
+        "source_hash": weights_hash(opened),
         "images": names,
         "texts": words,
         "inputs_hash": inputs.inputs_hash(images, words),
@@ -117,6 +122,31 @@ def prepare(folder: Path, model: Variant, files: Files, source: str, device: str
     return path
 
 
+def _pairs(model: Variant) -> dict[str, tuple[str, int | None, int | None]]:
+    """LAVIS's parameter -> transformers' and the rows of it: how LAVIS takes a converted base apart. By the table of
+    modules, not by the mapping's rules, so that a mistake in those shows."""
+    return {
+        name: (target, None if rows is None else rows.start, None if rows is None else rows.stop)
+        for name, (target, rows) in parameter_pairs(model).items()
+    }
+
+
+def _language_folder(folder: Path, opened: Opened) -> str:
+    """The language model's folder, for its configuration and tokenizer; of a converted base, one made from what it
+    holds, in the forms that the old transformers which LAVIS needs can read."""
+    files = opened.files
+    if files.base is None:
+        return str(files.language.absolute())
+    made = folder / "language"
+    made.mkdir(exist_ok=True)
+    for path in files.base.iterdir():
+        if path.suffix in (".txt", ".model") or path.name in ("vocab.json", "special_tokens_map.json"):
+            shutil.copyfile(path, made / path.name)
+    for name, content in configuration.old_language_files(opened.text, files.base).items():
+        (made / name).write_text(json.dumps(content) if isinstance(content, dict) else content, encoding="utf-8")
+    return str(made.absolute())
+
+
 def open_request(
     request: str = "",
     model_name: str = "",
@@ -124,6 +154,7 @@ def open_request(
     run_name: str = "",
     output_dir: str = "",
     device: str = "cpu",
+    base: str = "",
 ) -> dict[str, Any]:
     """The request that lavis.ipynb is to carry out, ready for `blip2nb.models.lavis`.
 
@@ -131,16 +162,16 @@ def open_request(
         request: the path of one that was prepared; else one is made for the model, and the tape goes to its run.
     """
     if not request:
-        model = variant(model_name)
+        model = which(model_name, source)
         run = new_run(model.name, source, run_name, output_dir)
-        request = str(prepare(run.folder / "request", model, find_files(model, source), source or model_name, device))
+        opened = open_source(model, source, base)
+        request = str(prepare(run.folder / "request", opened, source or model_name, device))
         return {**lavis.read_request(request), "output": str(run.tape_path)}
     return lavis.read_request(request)
 
 
 def capture(
-    model: Variant,
-    files: Files,
+    opened: Opened,
     tape: Path,
     environment: Lavis,
     source: str = "",
@@ -162,7 +193,7 @@ def capture(
     tape.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="blip2nb-") as name:
         folder = Path(name)
-        request = prepare(folder, model, files, source, device)
+        request = prepare(folder, opened, source, device)
         if notebook and environment.kernel is not None and NOTEBOOK.is_file():
             _run_notebook(tape.with_name("lavis.ipynb"), environment.kernel, request)
         else:

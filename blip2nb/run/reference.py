@@ -13,7 +13,7 @@ from blip2nb.run import kernels
 from blip2nb.runs import Run
 from blip2nb.trace.stage import places
 from blip2nb.trace.tape import Tape
-from blip2nb.variants import Variant, variant
+from blip2nb.variants import Variant
 from blip2nb.weights.convert import LOSSY, Manifest
 from blip2nb.weights.mapping import parameter_count
 
@@ -29,10 +29,10 @@ def shipped_tape(model: Variant) -> Path:
 
 def find_tape(run: Run, manifest: Manifest) -> Tape | None:
     """The run's own recording or the kit's, whichever was made of these weights and holds every place needed."""
-    for path in (run.tape_path, shipped_tape(variant(manifest.model))):
+    for path in (run.tape_path, shipped_tape(manifest.model_variant)):
         if path.is_file():
             tape = open_tape(path)
-            if tape.metadata["weights_hash"] == manifest.weights_hash and not _unrecorded(tape, manifest):
+            if tape.metadata.get("source_hash") == manifest.weights_hash and not _unrecorded(tape, manifest):
                 log.info("comparing with the recording %s", path.name)
                 return tape
     return None
@@ -46,7 +46,7 @@ def given_tape(path: Path, manifest: Manifest) -> Tape:
     """
     tape = open_tape(path)
     again = f"Record again with `blip2nb capture {manifest.model}`."
-    if tape.metadata["weights_hash"] != manifest.weights_hash:
+    if tape.metadata.get("source_hash") != manifest.weights_hash:
         raise RequestError(
             f"{path} was recorded on other weights (of {tape.metadata['model']}) than this model was converted from. "
             f"{again}"
@@ -66,7 +66,7 @@ def open_tape(path: Path) -> Tape:
 
 
 def _unrecorded(tape: Tape, manifest: Manifest) -> list[str]:
-    return [place for place in places(stages(variant(manifest.model))) if place not in tape]
+    return [place for place in places(stages(manifest.model_variant)) if place not in tape]
 
 
 def can_compare(proof: str, manifest: Manifest) -> bool:
@@ -77,7 +77,7 @@ def can_compare(proof: str, manifest: Manifest) -> bool:
     """
     if proof == "weights" or (proof == "auto" and manifest.dtype in LOSSY):
         return False
-    short = memory_short(variant(manifest.model))
+    short = memory_short(manifest.model_variant)
     if short and proof == "both":
         raise RequestError(f"{short} Use a larger machine, or --proof weights.")
     if short:
@@ -109,11 +109,12 @@ def require_lavis(lavis_python: str | Path, model: Variant) -> kernels.Lavis:
     return lavis
 
 
-def completion(run: Run, manifest: Manifest, source: str | Path) -> str:
+def completion(run: Run, manifest: Manifest, source: str | Path, base: str | Path = "") -> str:
     """The commands that add the second proof to a run that has only the first; none where it was cast."""
     if manifest.dtype in LOSSY:
         return ""  # it differs from LAVIS's on purpose: the conversion to prove is the one with dtype auto
     words = ["blip2nb", "capture", manifest.model, *(["--source", str(source)] if source else [])]
+    words += ["--base", str(base)] if base else []
     words += ["--output", str(run.tape_path)]
     again = ["blip2nb", "verify", str(run.model), "--tape", str(run.tape_path), "--output", str(run.folder)]
     return f"{shlex.join(words)} && {shlex.join(again)}"

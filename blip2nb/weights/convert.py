@@ -1,28 +1,56 @@
-"""A source's tensors to sharded safetensors, one at a time, with a manifest of where each came from; and back.
+"""A source's tensors to sharded safetensors, piece by piece on all cores, with a manifest of where each came from;
+the way back; and the check of what was written.
 
 Knows names and bytes alone. What makes the folder a model (configuration, tokenizer) is added by `models.directory`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blake3 import blake3
+from isal import isal_zlib
+
 from blip2nb.errors import RequestError
-from blip2nb.weights.hashing import DTYPE_NAMES, DTYPES, combine, digest
+from blip2nb.variants import Variant, variant_of
 from blip2nb.weights.mapping import Entry, MappingError, Plan
-from blip2nb.weights.sources import Source, open_folder
-from blip2nb.weights.writer import Slot, parse_size, shard, shard_file, write_index
+from blip2nb.weights.sources import Alias, Assembled, open_folder
+from blip2nb.weights.stored import (
+    PIECE,
+    SIZES,
+    Stored,
+    cast,
+    combine,
+    contents,
+    count_not_finite,
+    end_digest,
+    is_finite,
+    largest,
+    start_digest,
+)
+from blip2nb.weights.threads import at_once, go_on
+from blip2nb.weights.writer import ShardFile, Slot, Unfinished, parse_size, shard, write_index
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger("blip2nb")
+
 MANIFEST = "blip2nb.json"
 LOSSY = ("float16", "bfloat16")
 CASTS = {"auto": None, "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+KEPT_IN_FLOAT32 = re.compile(r"(query_tokens|qformer\..*|.*\.wo\.weight)")
+"""What transformers holds in float32 even where a model is loaded in float16: stored so, nothing is lost twice."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +58,17 @@ class Manifest:
     """What a converted directory says of itself.
 
     Attributes:
-        model: the variant.
+        model: the variant's name.
+        variant: all of the variant's sizes, which a fine-tuned checkpoint may have changed.
         dtype: as asked for: auto keeps every tensor's own.
         weights_hash: one hash over the source's parameters by LAVIS name, in their stored dtype.
         parameters: LAVIS name -> digest, of what was read.
         origins: LAVIS name -> the file's name it was read from.
+        written: transformers' name -> digest, of what was written.
+        shards: file -> its size in bytes, and one hash over its header and the digests of its tensors.
+        configuration: the other files of the directory -> their BLAKE3 hash.
         tied, dropped, unused: names left out, each with the rule's reason.
+        no_way_back: names that the inverse rules cannot restore, each with why.
         bytes_by_kind: component -> kind of rule -> bytes written.
         versions: what wrote it.
         files: name, size and time of change of every file read.
@@ -43,17 +76,27 @@ class Manifest:
     """
 
     model: str
+    variant: Mapping[str, Any]
     dtype: str
     weights_hash: str
     parameters: Mapping[str, str]
     origins: Mapping[str, str]
+    written: Mapping[str, str]
+    shards: Mapping[str, Mapping[str, Any]]
     tied: Mapping[str, str]
     dropped: Mapping[str, str]
     unused: Mapping[str, str]
+    no_way_back: Mapping[str, str]
     bytes_by_kind: Mapping[str, Mapping[str, int]]
     versions: Mapping[str, str]
+    configuration: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: Sequence[Mapping[str, Any]] = ()
     recipe: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def model_variant(self) -> Variant:
+        """The variant with the sizes this directory has."""
+        return variant_of(self.variant)
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
@@ -63,123 +106,287 @@ class Manifest:
         """Raises RequestError when the folder is not one of ours."""
         try:
             return cls(**json.loads((folder / MANIFEST).read_text()))
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise RequestError(
                 f"{folder} has no {MANIFEST}: expected a directory that `blip2nb convert` wrote. Convert it first."
             ) from error
         except (ValueError, TypeError) as error:
-            raise RequestError(f"{folder / MANIFEST} is damaged ({error}). Convert again with --overwrite.") from error
+            raise RequestError(
+                f"{folder / MANIFEST} is damaged or of another version ({error}). Convert again with --overwrite."
+            ) from error
+
+
+# -- writing
 
 
 def write_weights(
     plan: Plan,
-    source: Source,
-    folder: Path,
+    source: Assembled,
+    work: Unfinished,
     dtype: str = "auto",
     max_shard_size: str | int = "5GB",
-    progress: Any = None,
+    progress: Callable[[int], object] | None = None,
+    beside: Callable[[], None] | None = None,
 ) -> Manifest:
-    """Write a plan's tensors into `folder` as safetensors with the hub's naming, one tensor in memory at a time.
+    """Write a plan's tensors into an unfinished directory as safetensors with the hub's naming.
+
+    Every tensor's place is known beforehand, so that several are written at once, each piece by piece: read, hashed,
+    looked through for NaN, and put where it belongs. What an interrupted run wrote is read back, and kept where its
+    hash is the one that was noted.
 
     Args:
         dtype: "auto" keeps each tensor's stored dtype and loses nothing; else every tensor is cast.
-        progress: called with the number of bytes written so far since the last call.
+        progress: called with the number of bytes written, or found whole, since the last call.
+        beside: other work for this directory, done by another thread meanwhile.
 
     Raises:
-        RequestError: a tensor holds NaN or infinity, overflows in the asked dtype, an alias disagrees with its
-            original, or a dropped buffer is not what transformers would recompute.
+        RequestError: a tensor holds NaN or infinity, overflows in the asked dtype, or does not have the checksum its
+            file says; an alias disagrees with its original; a dropped buffer is not what transformers would recompute.
     """
     if dtype not in CASTS:
         raise RequestError(f"--dtype should be one of {', '.join(CASTS)}, found {dtype!r}.")
-    _check_left_out(plan, source)
-    slots = _slots(plan, source, dtype)
-    entry_of = {entry.target: entry for entry in plan.written}
+    slots = target_slots(plan, source, dtype)
     shards = shard(slots, parse_size(max_shard_size))
-    parameters: dict[str, str] = {}
-    for one in shards:
-        with shard_file(folder / one.name, one) as out:
-            for slot in one.slots:
-                out.write(_target(entry_of[slot.name], source, slot, parameters))
-                if progress is not None:
-                    progress(slot.size)
-    write_index(folder, shards)
+    noted = {one["target"]: one for one in work.done}
+    say = _counted(progress)
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(contextlib.closing(ShardFile(work.folder, one))) for one in shards]
+        place = {slot.name: file for file, one in zip(files, shards, strict=True) for slot in one.slots}
+        copies = [_Copy(entry, slot, source, place[slot.name]) for entry, slot in zip(plan.written, slots, strict=True)]
+        copies.sort(
+            key=lambda copy: not copy.plain
+        )  # computed ones last: they need torch, which another thread imports
+
+        def one_copy(copy: _Copy) -> dict[str, Any]:
+            known = noted.get(copy.slot.name)
+            if known is not None and copy.file.stored(copy.slot.name).digest() == known["written"]:
+                say(copy.slot.size)
+                return known
+            done = copy.run(say)
+            work.note(**done)
+            return done
+
+        jobs: list[Callable[[], Any]] = [beside] if beside is not None else []
+        jobs += [partial(_check_hub_hash, file) for file in _hub_files(source)]
+        jobs += [partial(_check_alias, alias) for alias in source.aliases]
+        jobs += [partial(_check_dropped, entry, source) for entry in plan.dropped]
+        jobs += [partial(one_copy, copy) for copy in copies]
+        done = {one["target"]: one for one in at_once(jobs) if one is not None}
+        for file in files:
+            file.finish()
+    write_index(work.folder, shards)
+    parameters = {name: done[str(e.target)]["read"][name] for e in plan.written for name in e.sources}
+    written = {slot.name: done[slot.name]["written"] for slot in slots}
     return Manifest(
         model=plan.variant.name,
+        variant=dataclasses.asdict(plan.variant),
         dtype=dtype,
         weights_hash=combine(parameters),
         parameters=parameters,
-        origins={name: source.origin(name).name for name in parameters},
-        tied={entry.sources[0]: f"tied to {entry.of}" for entry in plan.tied},
+        origins={name: source.tensors[name].path.name for name in parameters},
+        written=written,
+        shards={
+            one.name: {"bytes": file.size, "hash": shard_hash(one.header(), [written[slot.name] for slot in one.slots])}
+            for one, file in zip(shards, files, strict=True)
+        },
+        tied={alias.name: _tied_words(alias) for alias in source.aliases},
         dropped={entry.sources[0]: entry.rule.why for entry in plan.dropped},
         unused={name: rule.why for name, rule in plan.unused.items()},
+        no_way_back={
+            entry.sources[0]: f"interpolated from {source.tensors[entry.sources[0]].shape[1]} positions"
+            for entry in plan.written
+            if entry.kind == "InterpolatePositions"
+        },
         bytes_by_kind=_bytes_by_kind(plan, slots),
         versions=_versions(),
     )
 
 
-def target_size(plan: Plan, source: Source, dtype: str = "auto") -> int:
-    """Bytes that `write_weights` will write, without headers."""
-    return sum(slot.size for slot in _slots(plan, source, dtype))
+def source_digests(plan: Plan, source: Assembled) -> dict[str, str]:
+    """LAVIS name -> digest of every parameter that `write_weights` would read."""
+    names = [name for entry in plan.written for name in entry.sources]
+    return dict(zip(names, at_once([source.tensors[name].digest for name in names]), strict=True))
 
 
-def _slots(plan: Plan, source: Source, dtype: str) -> list[Slot]:
-    """What will be written, in the plan's order."""
-    return [
-        Slot(str(entry.target), CASTS[dtype] or source.dtype(entry.sources[0]), entry.shape) for entry in plan.written
-    ]
+def target_slots(plan: Plan, source: Assembled, dtype: str = "auto") -> list[Slot]:
+    """What `write_weights` will write, in its order."""
+    return [Slot(str(entry.target), _target_dtype(entry, source, dtype), entry.shape) for entry in plan.written]
 
 
-def _target(entry: Entry, source: Source, slot: Slot, parameters: dict[str, str]) -> torch.Tensor:
-    read = []
-    for name in entry.sources:
-        tensor = source.tensor(name)
-        _require_sound(source, name, tensor)
-        parameters[name] = digest(tensor)
-        read.append(tensor)
-    tensor = entry.rule.forward(*read)
-    if DTYPE_NAMES[tensor.dtype] == slot.dtype:
-        return tensor
-    cast = tensor.to(DTYPES[slot.dtype])
-    if not bool(cast.isfinite().all()):
+def shard_hash(header: bytes, digests: Iterable[str]) -> str:
+    """One hash for a shard: over its header and the digests of its tensors, so that no byte is hashed twice."""
+    return blake3("\n".join([header.hex(), *digests]).encode()).hexdigest()
+
+
+def _target_dtype(entry: Entry, source: Assembled, dtype: str) -> str:
+    if dtype == "float16" and KEPT_IN_FLOAT32.fullmatch(str(entry.target)):
+        return "F32"
+    own = "F32" if entry.kind == "InterpolatePositions" else source.tensors[entry.sources[0]].dtype
+    return CASTS[dtype] or own
+
+
+def _counted(progress: Callable[[int], object] | None) -> Callable[[int], None]:
+    lock = threading.Lock()
+
+    def say(count: int) -> None:
+        go_on()
+        if progress is not None:
+            with lock:
+                progress(count)
+
+    return say
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """One tensor on its way from the source into its slot."""
+
+    entry: Entry
+    slot: Slot
+    source: Assembled
+    file: ShardFile
+
+    @property
+    def plain(self) -> bool:
+        """Whether its bytes are copied as they are."""
+        return self.entry.kind == "Rename" and self.source.tensors[self.entry.sources[0]].dtype == self.slot.dtype
+
+    def run(self, say: Callable[[int], None]) -> dict[str, Any]:
+        """Write it. Returns what the journal notes: the digests of what was read and of what was written."""
+        read: dict[str, str] = {}
+        hasher = None if self.plain else start_digest(self.slot.shape)
+        at = 0
+        for piece in self._pieces(read):
+            self.file.write(self.slot.name, at, piece)
+            if hasher is not None:
+                hasher.update(piece)
+            at += memoryview(piece).nbytes
+            say(memoryview(piece).nbytes)
+        if at != self.slot.size:
+            raise ValueError(f"{self.slot.name} was announced as {self.slot}, found {at} bytes.")
+        written = end_digest(self.slot.dtype, hasher) if hasher is not None else read[self.entry.sources[0]]
+        return {"target": self.slot.name, "read": read, "written": written}
+
+    def _pieces(self, read: dict[str, str]) -> Iterator[Any]:
+        """The target's bytes; the digests of the sources come to stand in `read` when the last was handed out."""
+        if self.entry.kind == "Rename":
+            (name,) = self.entry.sources
+            place = self.file.place(self.slot.name) if self.plain else 0
+            for piece in _sound(name, self.source.tensors[name], read, place):
+                yield piece if self.plain else self._cast(piece, self.source.tensors[name].dtype)
+            return
+        for name in self.entry.sources:  # a bias or the positions: small, so computed whole
+            for _ in _sound(name, self.source.tensors[name], read):
+                pass
+        dtype, content = self._computed([self.source.tensors[name] for name in self.entry.sources])
+        yield content if dtype == self.slot.dtype else self._cast(content, dtype)
+
+    def _computed(self, sources: list[Stored]) -> tuple[str, memoryview]:
+        if self.entry.kind == "InterpolatePositions":
+            return contents(self.entry.rule.forward(*(one.tensor() for one in sources)))
+        return sources[0].dtype, memoryview(self.entry.rule.forward(*(one.bits() for one in sources))).cast("B")
+
+    def _cast(self, piece: Any, dtype: str) -> memoryview:
+        made = cast(piece, dtype, self.slot.dtype)
+        if not is_finite(made, self.slot.dtype):
+            raise RequestError(
+                f"{self.entry.sources[0]} holds values up to {largest(piece, dtype):.4g}, too large for "
+                f"{self.slot.dtype}. Use --dtype auto, float32 or bfloat16."
+            )
+        return made
+
+
+def _sound(name: str, stored: Stored, read: dict[str, str], place: int = 0) -> Iterator[memoryview]:
+    """A tensor's pieces, each looked through; its digest is put into `read` behind the last.
+
+    Raises:
+        RequestError: it is no weight, holds NaN or infinity, or does not have the checksum that its file says.
+    """
+    if stored.dtype not in ("F16", "BF16", "F32", "F64"):
         raise RequestError(
-            f"{entry.sources[0]} holds values up to {float(tensor.abs().max()):.4g}, too large for {slot.dtype}. "
-            "Use --dtype auto, float32 or bfloat16."
-        )
-    return cast
-
-
-def _require_sound(source: Source, name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise RequestError(
-            f"{name} in {source.origin(name).name} is {DTYPE_NAMES[tensor.dtype]}; floating-point weights were "
+            f"{name} in {stored.path.name} is {stored.dtype}; floating-point weights were "
             "expected. Quantised checkpoints cannot be converted; use the one they were made from."
         )
-    if not bool(tensor.isfinite().all()):
+    hasher, checksum = start_digest(stored.shape), 0
+    for piece in stored.pieces(place=place):
+        if not is_finite(piece, stored.dtype):
+            raise RequestError(
+                f"{name} in {stored.path.name} holds {count_not_finite(stored)} NaN or infinite values; "
+                "finite weights were expected. Use a checkpoint from before the training diverged."
+            )
+        hasher.update(piece)
+        if stored.crc32 is not None:
+            checksum = isal_zlib.crc32(piece, checksum)
+        yield piece
+    if stored.crc32 is not None and checksum != stored.crc32:
         raise RequestError(
-            f"{name} in {source.origin(name).name} holds {int((~tensor.isfinite()).sum())} NaN or infinite values; "
-            "finite weights were expected. Use a checkpoint from before the training diverged."
+            f"{name} in {stored.path} does not have the checksum that the file says: it was damaged since it was "
+            "saved. Download or copy the file again."
+        )
+    read[name] = end_digest(stored.dtype, hasher)
+
+
+def _tied_words(alias: Alias) -> str:
+    cast = "" if alias.stored.dtype == alias.original.dtype else f", cast to {alias.stored.dtype}"
+    return f"tied to {alias.of}{cast}"
+
+
+def _check_alias(alias: Alias) -> None:
+    """An alias must equal its original, as cast to its own dtype. Nothing is dropped on trust."""
+    if alias.stored is alias.original:
+        return
+    if alias.stored.shape == alias.original.shape and _equal_as_cast(alias.stored, alias.original):
+        return
+    raise MappingError(
+        f"{alias.name} should be a copy of {alias.of}, but the values in {alias.stored.path.name} differ beyond a cast. "
+        "One of them was trained on its own; transformers holds only one tensor for both."
+    )
+
+
+def _equal_as_cast(alias: Stored, original: Stored) -> bool:
+    values = PIECE // max(SIZES[alias.dtype], SIZES[original.dtype])
+    pairs = zip(alias.pieces(values * SIZES[alias.dtype]), original.pieces(values * SIZES[original.dtype]), strict=True)
+    for piece, other in pairs:
+        go_on()
+        same = other if alias.dtype == original.dtype else cast(other, original.dtype, alias.dtype)
+        if piece != same:
+            return False
+    return True
+
+
+def _check_dropped(entry: Entry, source: Assembled) -> None:
+    """A dropped buffer must hold what transformers would recompute."""
+    found = source.tensors[entry.sources[0]]
+    if found.dtype not in ("I64", "I32") or found.bits().tolist() != entry.rule.restore(entry.shape):
+        raise MappingError(
+            f"{entry.sources[0]} is {entry.rule.why} and should count up from 0, but it holds something else."
         )
 
 
-def _check_left_out(plan: Plan, source: Source) -> None:
-    """Nothing is dropped on trust: an alias must equal its original (as cast), a buffer what would be recomputed."""
-    import torch
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
-    for name in dict.fromkeys(str(entry.of) for entry in plan.tied):
-        _require_sound(source, name, source.tensor(name))
-    for entry in plan.tied:
-        alias, original = source.tensor(entry.sources[0]), source.tensor(str(entry.of))
-        if not torch.equal(alias, original.to(alias.dtype)):
-            raise MappingError(
-                f"{entry.sources[0]} should be a copy of {entry.of}, but the values differ beyond a cast. "
-                "One of them was trained on its own; transformers holds only one tensor for both."
-            )
-    for entry in plan.dropped:
-        found = source.tensor(entry.sources[0])
-        if not torch.equal(found, torch.tensor(entry.rule.restore(entry.shape), dtype=found.dtype)):
-            raise MappingError(
-                f"{entry.sources[0]} is {entry.rule.why} and should count up from 0, but it holds something else."
-            )
+
+def _hub_files(source: Assembled) -> list[Path]:
+    """Files in the Hugging Face cache whose SHA-256 is known: the cache names large ones after it."""
+    found = {stored.path for stored in source.tensors.values()}
+    return sorted(path for path in found if _SHA256.fullmatch(path.resolve().name))
+
+
+def _check_hub_hash(path: Path) -> None:
+    hasher = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            go_on()
+            hasher.update(piece)
+    found = hasher.hexdigest()
+    if found != path.resolve().name:
+        raise RequestError(
+            f"{path} is not the file that the hub has (its SHA-256 is {found[:12]}…, expected "
+            f"{path.resolve().name[:12]}…): it was damaged since it was downloaded. Delete it and download it again."
+        )
+
+
+# -- reading back
 
 
 def inverse_tensors(model: Path, plan: Plan) -> Iterator[tuple[str, torch.Tensor]]:
@@ -191,10 +398,62 @@ def inverse_tensors(model: Path, plan: Plan) -> Iterator[tuple[str, torch.Tensor
     saved = open_folder(model)
     for entry in plan.written:
         try:
-            back = entry.rule.inverse(saved.tensor(str(entry.target)))
+            back = entry.rule.inverse(saved[str(entry.target)].tensor())
         except MappingError as error:
             raise MappingError(str(error).replace(str(entry.rule.target), str(entry.target), 1)) from error
         yield from zip(entry.sources, back, strict=True)
+
+
+def check_weights(
+    folder: Path, manifest: Manifest, source: Assembled | None, progress: Callable[[int], object] | None = None
+) -> list[str]:
+    """Read a converted directory again, and its source where there is one, and compare both with the manifest.
+
+    Returns:
+        What is wrong, a sentence each: nothing for a directory that is as it was written.
+    """
+    say = _counted(progress)
+    held = open_folder(folder)
+    wrong = [f"{name} is missing" for name in manifest.written if name not in held]
+    wrong += [f"{name} is not in the manifest" for name in held if name not in manifest.written]
+    sizes = {name: (folder / name).stat().st_size for name in manifest.shards if (folder / name).is_file()}
+    wrong += [
+        f"{name} has {sizes.get(name, 'no')} bytes, expected {one['bytes']}"
+        for name, one in manifest.shards.items()
+        if sizes.get(name) != one["bytes"]
+    ]
+    wrong += [
+        f"{name} is not as it was written"
+        for name, expected in manifest.configuration.items()
+        if not (folder / name).is_file() or file_hash(folder / name) != expected
+    ]
+    pairs = [(name, held[name], manifest.written[name]) for name in held if name in manifest.written]
+    words = ["is not as it was written"] * len(pairs)
+    if source is not None:
+        pairs += [(name, one, manifest.parameters.get(name, "")) for name, one in _read_ones(source, manifest)]
+        words += ["in the source is not what was converted"] * (len(pairs) - len(words))
+
+    def digest(stored: Stored) -> str:
+        found = stored.digest()
+        say(stored.nbytes)
+        return found
+
+    digests = at_once([partial(digest, one) for _, one, _ in pairs])
+    return wrong + [
+        f"{name} ({one.path.name}) {word}"
+        for (name, one, expected), word, found in zip(pairs, words, digests, strict=True)
+        if found != expected
+    ]
+
+
+def _read_ones(source: Assembled, manifest: Manifest) -> list[tuple[str, Stored]]:
+    unread = {**manifest.dropped, **manifest.unused}
+    return [(name, stored) for name, stored in source.tensors.items() if name not in unread]
+
+
+def file_hash(path: Path) -> str:
+    """BLAKE3 of a small file."""
+    return blake3(path.read_bytes()).hexdigest()
 
 
 def _bytes_by_kind(plan: Plan, slots: Sequence[Slot]) -> dict[str, dict[str, int]]:

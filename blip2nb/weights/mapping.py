@@ -59,15 +59,16 @@ class FuseQueryValueBias:
     shape: str
 
     def forward(self, query: Tensor, value: Tensor) -> Tensor:
-        """Two tensors of shape (width,) and one dtype to one of shape (3 * width,)."""
+        """Two of shape (width,) and one dtype to one of shape (3 * width,). Tensors, or numpy arrays of their bits."""
         if query.dtype != value.dtype or query.shape != value.shape:
             raise MappingError(
                 f"{self.source}: query and value bias should be alike, found {tuple(query.shape)} {query.dtype} and "
                 f"{tuple(value.shape)} {value.dtype}. The checkpoint is damaged or was cast in part."
             )
         width = len(query)
-        fused = query.new_zeros(3 * width)
+        fused = query.repeat(3)  # of the right length in either library; every third is overwritten
         fused[:width] = query
+        fused[width : 2 * width] = 0
         fused[2 * width :] = value
         return fused
 
@@ -80,6 +81,32 @@ class FuseQueryValueBias:
                 "LAVIS has no key bias, so this tensor cannot go back."
             )
         return query, value
+
+
+@dataclasses.dataclass(frozen=True)
+class InterpolatePositions:
+    """The vision tower's position embedding for another image size than the file's, as LAVIS makes it when it builds the
+    tower: patches bicubically, the class token kept (lavis/models/eva_vit.py, `interpolate_pos_embed`). Takes the place
+    of a `Rename` where the numbers of positions differ."""
+
+    source: str
+    target: str
+    shape: str
+    tokens: int
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """(1, 1 + k², width) of any dtype to (1, tokens, width) in float32."""
+        from torch import cat
+        from torch.nn.functional import interpolate
+
+        positions = positions.float()
+        side, new = math.isqrt(positions.shape[1] - 1), math.isqrt(self.tokens - 1)
+        patches = positions[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        patches = interpolate(patches, size=(new, new), mode="bicubic", align_corners=False)
+        return cat((positions[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+
+    def inverse(self, positions: Tensor) -> tuple[Tensor]:
+        raise MappingError(f"{self.source} was interpolated for another image size, which has no way back.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +141,7 @@ class Unused:
     why: str
 
 
-Rule = Rename | FuseQueryValueBias | Tied | Drop
+Rule = Rename | InterpolatePositions | FuseQueryValueBias | Tied | Drop
 
 # fmt: off
 VISION: tuple[Rule, ...] = (
@@ -137,6 +164,14 @@ UNUSED: tuple[Unused, ...] = (
     Unused("visual_encoder.fc_norm.*", why="LAVIS builds its vision tower without a pooling head"),
     Unused("visual_encoder.head.*", why="LAVIS builds its vision tower without a classifier"),
     Unused("visual_encoder.mask_token", why="used in the vision tower's own pretraining alone"),
+)
+
+# What LAVIS can put into a checkpoint and transformers' BLIP-2 has no place for: pattern, what it is and what to do.
+FOREIGN: tuple[tuple[str, str], ...] = (
+    (r"^visual_encoder\.(conv1|class_embedding|positional_embedding|ln_pre|transformer)\b", "a CLIP-L vision tower (vit_model: clip_L), which transformers' BLIP-2 does not have. Only models with LAVIS's eva_clip_g can be converted"),
+    (r"(^|\.)(lora_|base_layer\.|base_model\.)", "LoRA adapters. Merge them into the weights they adapt (peft's `merge_and_unload`) and save again"),
+    (r"^llm_(proj|model)\.", "an InstructBLIP or Vicuna model, which is another architecture"),
+    (r"^(itm_head|vision_proj|text_proj|temp\b|Qformer\.cls\.)", "a model for image-text matching or of the first training stage, which writes no captions. Name a checkpoint of a captioner"),
 )
 
 QFORMER: tuple[Rule, ...] = (
@@ -324,12 +359,19 @@ class Plan:
         )
 
 
-def plan(variant: Variant, shapes: Mapping[str, tuple[int, ...]], table: Iterable[Rule] | None = None) -> Plan:
+def plan(
+    variant: Variant,
+    shapes: Mapping[str, tuple[int, ...]],
+    table: Iterable[Rule] | None = None,
+    interpolate: bool = False,
+) -> Plan:
     """Account for every tensor of a source, by name and shape.
 
     Args:
         shapes: LAVIS name to shape, of everything the source holds.
         table: other rules than the variant's own, for those who try some out.
+        interpolate: positions for another image size are made into the variant's, as LAVIS does with those of the
+            vision file (and of no other).
 
     Raises:
         RequestError: a tensor is missing, unknown, or of another shape, or the source belongs to another variant.
@@ -342,6 +384,9 @@ def plan(variant: Variant, shapes: Mapping[str, tuple[int, ...]], table: Iterabl
     unknown = [name for name in left_over if name not in unused]
     missing = [name for name, entry in by_source.items() if name not in shapes and not entry.optional]
     misshapen = [name for name in by_source if name in shapes and tuple(shapes[name]) != by_source[name].source_shape]
+    if interpolate and misshapen == [POSITIONS] and _square(shapes[POSITIONS], by_source[POSITIONS].source_shape):
+        whole = [_interpolated(entry, shapes[POSITIONS]) if POSITIONS in entry.sources else entry for entry in whole]
+        misshapen = []
     if unknown or missing or misshapen:
         other = recognise(shapes)
         if other is not None and other != variant.name and table is None:
@@ -360,6 +405,21 @@ def plan(variant: Variant, shapes: Mapping[str, tuple[int, ...]], table: Iterabl
     )
 
 
+POSITIONS = "visual_encoder.pos_embed"
+
+
+def _square(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether these are positions of another square image: a class token and k × k patches of the same width."""
+    patches = found[1] - 1 if len(found) == 3 else 0
+    return (*found[:1], *found[2:]) == (1, expected[2]) and patches > 0 and math.isqrt(patches) ** 2 == patches
+
+
+def _interpolated(entry: Entry, found: tuple[int, ...]) -> Entry:
+    rule = entry.rule
+    resized = InterpolatePositions(rule.source, rule.target, rule.shape, tokens=entry.shape[1])
+    return dataclasses.replace(entry, rule=resized, source_shape=tuple(found))
+
+
 def check_part(variant: Variant, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Refuse a file that holds anything the variant has no place for, by name and shape.
 
@@ -375,6 +435,8 @@ def check_part(variant: Variant, shapes: Mapping[str, tuple[int, ...]], where: s
             )
     unknown = [name for name in shapes if name not in by_source and unused_by(variant, name) is None]
     misshapen = [name for name in shapes if name in by_source and tuple(shapes[name]) != by_source[name]]
+    if misshapen == [POSITIONS] and _square(shapes[POSITIONS], by_source[POSITIONS]):
+        misshapen = []  # LAVIS's way to another image size
     if unknown or misshapen:
         by_name = {name: entry for entry in entries(variant) for name in entry.sources}
         raise RequestError(f"{where}: {_complaint(variant, shapes, by_name, unknown, [], misshapen)}")
@@ -421,6 +483,10 @@ def _complaint(
     missing: list[str],
     misshapen: list[str],
 ) -> str:
+    for pattern, words in FOREIGN:
+        foreign = next((name for name in unknown if re.search(pattern, name)), None)
+        if foreign is not None:
+            return f"{foreign} belongs to {words}."
     sentences = []
     if misshapen:
         name = misshapen[0]

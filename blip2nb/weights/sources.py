@@ -1,225 +1,119 @@
-"""Lazy readers: tensors by LAVIS's names, from the files people have. Nothing is read before it is asked for.
+"""Sources: tensors by LAVIS's names, from the files people have. Only headers are read, and no pickle is executed.
 
-A source has four methods: `names()`, `shape(name)`, `dtype(name)` (safetensors' name of it) and `tensor(name)`.
-No pickle is ever executed: `.pth` and `.bin` files are opened with `weights_only=True`.
+A source is a mapping from names to `Stored` tensors. A whole model is several files laid over each other:
+vision ∪ language model ∪ checkpoints, or an already converted directory ∪ checkpoints.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any
 
 from blip2nb.errors import RequestError
 from blip2nb.variants import Variant
+from blip2nb.weights.mapping import FuseQueryValueBias, MappingError, Tied, entries
+from blip2nb.weights.stored import SIZES, Stored
+from blip2nb.weights.torchfile import Odd, read_torch_file
 
-if TYPE_CHECKING:
-    import torch
-
-
-class Source(Protocol):
-    """Tensors by name. `origin` says which file one comes from."""
-
-    def names(self) -> Iterable[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> str: ...
-    def tensor(self, name: str) -> torch.Tensor: ...
-    def origin(self, name: str) -> Path: ...
+Source = Mapping[str, Stored]
 
 
 def shapes(source: Source) -> dict[str, tuple[int, ...]]:
     """Name to shape of everything in a source."""
-    return {name: source.shape(name) for name in source.names()}
+    return {name: stored.shape for name, stored in source.items()}
 
 
-class TorchFile:
-    """A `.pth` or `.bin` file, memory-mapped. What stands under "model" if there is such a key, else the whole dict."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        content = _load_torch(path)
-        if isinstance(content, dict) and isinstance(content.get("model"), dict):
-            content = content["model"]
-        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-            raise RequestError(f"{path} should hold a dict of tensors, found a {type(content).__name__}.")
-        self._tensors = {name: value for name, value in content.items() if hasattr(value, "dtype")}
-        if not self._tensors:
-            raise RequestError(f"{path} holds no tensors. Expected a LAVIS checkpoint or a language model's weights.")
-
-    def names(self) -> Iterable[str]:
-        return self._tensors.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def dtype(self, name: str) -> str:
-        return _dtype_name(self.path, name, self._tensors[name].dtype)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._tensors[name]
-
-    def origin(self, name: str) -> Path:
-        return self.path
+# -- one file or folder
 
 
-class SafetensorsFile:
-    """One `.safetensors` file."""
-
-    def __init__(self, path: Path):
-        from safetensors import SafetensorError, safe_open
-
-        self.path = path
-        try:
-            self._file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise RequestError(
-                f"{path} is not a whole safetensors file ({error}). Download or copy it again."
-            ) from error
-        self._names = list(self._file.keys())
-
-    def names(self) -> Iterable[str]:
-        return self._names
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> str:
-        return _known_dtype(self.path, name, self._file.get_slice(name).get_dtype())
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._file.get_tensor(name)
-
-    def origin(self, name: str) -> Path:
-        return self.path
-
-
-@dataclasses.dataclass
-class Union:
-    """Several sources as one; where two hold the same name, the later one wins."""
-
-    parts: list[Source]
-
-    def __post_init__(self) -> None:
-        self._part = {name: part for part in self.parts for name in part.names()}
-
-    def names(self) -> Iterable[str]:
-        return self._part.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._part[name].shape(name)
-
-    def dtype(self, name: str) -> str:
-        return self._part[name].dtype(name)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._part[name].tensor(name)
-
-    def origin(self, name: str) -> Path:
-        return self._part[name].origin(name)
-
-
-class Renamed:
-    """A source under other names: how a bare vision file or a hub folder comes to have LAVIS's."""
-
-    def __init__(self, part: Source, rename: Callable[[str], str]):
-        self._part = part
-        self._name = {rename(name): name for name in part.names()}
-
-    def names(self) -> Iterable[str]:
-        return self._name.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._part.shape(self._name[name])
-
-    def dtype(self, name: str) -> str:
-        return self._part.dtype(self._name[name])
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._part.tensor(self._name[name])
-
-    def origin(self, name: str) -> Path:
-        return self._part.origin(self._name[name])
-
-
-@dataclasses.dataclass(frozen=True)
-class Files:
-    """Where a model's parts lie, in the order in which they are laid over each other.
-
-    `vision` is eva_vit_g.pth, `language` a hub folder with its tokenizer, `checkpoints` one file or more.
-    """
-
-    vision: Path
-    language: Path
-    checkpoints: tuple[Path, ...]
-
-    def missing(self) -> list[Path]:
-        """Those that are not there."""
-        return [path for path in (self.vision, self.language, *self.checkpoints) if not path.exists()]
-
-    def __str__(self) -> str:
-        return " ∪ ".join(str(path) for path in (self.vision, self.language, *self.checkpoints))
-
-
-def files_in(folder: Path, variant: Variant) -> Files:
-    """The three parts of a variant in a folder of the released layout. They need not be there: see `Files.missing`."""
-    return Files(
-        vision=folder / "eva_vit_g.pth",
-        language=folder / variant.language_folder,
-        checkpoints=(folder / variant.checkpoint,),
-    )
-
-
-def open_model(files: Files, variant: Variant) -> Union:
-    """All of a model's tensors by LAVIS's names: vision ∪ language model ∪ checkpoints.
+def open_file(path: Path) -> dict[str, Stored]:
+    """One weights file, by its ending: `.safetensors`, or PyTorch's own format.
 
     Raises:
-        RequestError: a file is missing, truncated, unreadable without running code, or not what it should be.
+        RequestError: it is missing, not whole, unreadable without running code, or holds no tensors.
     """
-    missing = files.missing()
-    if missing:
-        raise RequestError(
-            f"{variant.name} needs {', '.join(path.name for path in missing)}, not found in {missing[0].parent}. "
-            f"Give a folder that holds {files.vision.name}, {files.checkpoints[0].name} and {files.language.name}/ "
-            "with --source."
-        )
-    vision = Renamed(open_file(files.vision), lambda name: f"visual_encoder.{name}")
-    language = Renamed(open_folder(files.language), lambda name: _language_name(variant, name))
-    return Union([vision, language, *(open_file(path) for path in files.checkpoints)])
+    return _open_safetensors(path) if path.suffix == ".safetensors" else open_checkpoint(path)[0]
 
 
-def _language_name(variant: Variant, name: str) -> str:
-    """A hub name as LAVIS calls it. An OPTModel was saved without the `model.` that an OPTForCausalLM has."""
-    if variant.language.kind == "opt" and name.startswith("decoder."):
-        name = f"model.{name}"
-    return f"{variant.language_prefix}.{name}"
+def open_checkpoint(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """A `.pth` or `.bin` file: its tensors, and the training's own configuration where LAVIS's trainer left one.
+
+    The tensors are what stands under "model" if there is such a key, else the whole dict, without the `module.` that a
+    distributed run puts before every name. The optimizer beside them is not looked at.
+
+    Raises:
+        RequestError: as for `open_file`.
+    """
+    content = read_torch_file(path)
+    config = content.get("config") if isinstance(content, dict) else None
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):
+        content = content["model"]
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise RequestError(f"{path} should hold a dict of tensors, found a {type(content).__name__}.")
+    tensors = {name: value for name, value in content.items() if isinstance(value, Stored | Odd)}
+    if not tensors:
+        raise RequestError(f"{path} holds no tensors. Expected a LAVIS checkpoint or a language model's weights.")
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+    known = {name: _of_known_dtype(path, name, value) for name, value in tensors.items()}
+    return known, config if isinstance(config, dict) else {}
 
 
-def open_file(path: Path) -> Source:
-    """One weights file, by its ending."""
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+def _of_known_dtype(path: Path, name: str, value: Stored | Odd) -> Stored:
+    if isinstance(value, Odd):
+        raise RequestError(f"{path}: {name} has dtype {value.dtype}, expected one of {', '.join(SIZES)}.")
+    return value
+
+
+def _open_safetensors(path: Path) -> dict[str, Stored]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):  # the library's own check that header and length agree
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RequestError(f"{path} is not a whole safetensors file ({error}). Download or copy it again.") from error
+    header.pop("__metadata__", None)
+    return {
+        name: _of_known_dtype(path, name, Odd(one["dtype"], ()))
+        if one["dtype"] not in SIZES
+        else Stored(path, 8 + length + one["data_offsets"][0], one["dtype"], tuple(one["shape"]))
+        for name, one in header.items()
+    }
 
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
-def open_folder(folder: Path) -> Source:
+def open_folder(folder: Path) -> dict[str, Stored]:
     """A hub-style folder: one file or shards with an index, safetensors before `.bin`."""
+    return {name: stored for path in weight_files(folder) for name, stored in open_file(path).items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `open_folder` reads.
+
+    Raises:
+        RequestError: there are none, one that the index names is not there, or it names one outside the folder.
+    """
     for single, index in zip(_SINGLE, _INDEXES, strict=True):
         if (folder / single).is_file():
-            return open_file(folder / single)
+            return [folder / single]
         if (folder / index).is_file():
-            return Union([open_file(path) for path in _shards(folder / index)])
+            return _shards(folder / index)
     found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
     raise RequestError(f"{folder} should hold one of {', '.join((*_SINGLE, *_INDEXES))}; found: {found or 'nothing'}.")
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether `open_folder` would open it: weights, with every shard."""
+    """Whether `open_folder` would open it: weights, with every shard whole."""
     try:
         open_folder(folder)
     except RequestError:
@@ -244,33 +138,168 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _load_torch(path: Path) -> object:
-    import torch
+# -- a whole model
 
-    try:
-        zipped = zipfile.is_zipfile(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True if zipped else None)
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "GLOBAL" in line), "")
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Where a model's parts lie, in the order in which they are laid over each other.
+
+    Attributes:
+        vision: eva_vit_g.pth; None where a base holds it.
+        language: a hub folder with the language model and its tokenizer; the base itself where there is one.
+        checkpoints: one file or more, each laid over what comes before it.
+        base: a directory that was converted to transformers already, in place of the vision file, the language model
+            and the pretrained checkpoint.
+    """
+
+    vision: Path | None
+    language: Path
+    checkpoints: tuple[Path, ...]
+    base: Path | None = None
+
+    def parts(self) -> list[Path]:
+        """All of them, in their order."""
+        first = [self.base] if self.base is not None else [path for path in (self.vision, self.language) if path]
+        return [*first, *self.checkpoints]
+
+    def missing(self) -> list[Path]:
+        """Those that are not there."""
+        return [path for path in self.parts() if not path.exists()]
+
+    def weight_files(self) -> list[Path]:
+        """Every file that weights are read from."""
+        return [file for path in self.parts() for file in (weight_files(path) if path.is_dir() else [path])]
+
+    def __str__(self) -> str:
+        return " ∪ ".join(str(path) for path in self.parts())
+
+
+def files_in(folder: Path, variant: Variant) -> Files:
+    """The three parts of a variant in a folder of the released layout. They need not be there: see `Files.missing`."""
+    return Files(
+        vision=folder / "eva_vit_g.pth",
+        language=folder / variant.language_folder,
+        checkpoints=(folder / variant.checkpoint,),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Alias:
+    """A second name of one tensor, as a file has it, with the tensor that it should be a copy of."""
+
+    name: str
+    stored: Stored
+    of: str
+    original: Stored
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+    """A whole model: every tensor once, by LAVIS's name, and the aliases that were found beside them.
+
+    Attributes:
+        tensors: of two files that hold one name, the later one's.
+        aliases: to be checked against their originals; not among the tensors.
+        checkpoints: the files that were laid over the base, in their order.
+        configs: what LAVIS's trainer wrote into each of them.
+    """
+
+    tensors: Mapping[str, Stored]
+    aliases: tuple[Alias, ...] = ()
+    checkpoints: tuple[Path, ...] = ()
+    configs: tuple[Mapping[str, Any], ...] = ()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape of everything the files hold, aliases included."""
+        return shapes(self.tensors) | {alias.name: alias.stored.shape for alias in self.aliases}
+
+    def trained(self, name: str) -> bool:
+        """Whether a tensor comes from a checkpoint, and not from what the checkpoints are laid over."""
+        return name in self.tensors and self.tensors[name].path in self.checkpoints
+
+
+def open_model(files: Files, variant: Variant) -> Assembled:
+    """All of a model's tensors by LAVIS's names: vision ∪ language model ∪ checkpoints.
+
+    Raises:
+        RequestError: a file is missing, truncated, unreadable without running code, or not what it should be.
+    """
+    missing = files.missing()
+    if missing:
         raise RequestError(
-            f"{path} holds something other than tensors and was not opened, since reading it would run code"
-            f"{': ' + reason.strip() if reason else ''}. Save it again as a plain dict of tensors, "
-            'torch.save({"model": state_dict}, path), where you trust it.'
-        ) from error
-    except Exception as error:  # a cut file makes torch's reader raise whatever its bytes spell
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RequestError(f"{path} is not a whole PyTorch file ({first}). Download or copy it again.") from error
+            f"{variant.name} needs {', '.join(path.name for path in missing)}, not found in {missing[0].parent}. "
+            f"Give a folder that holds {', '.join(path.name for path in files.parts())} with --source."
+        )
+    parts: list[Source]
+    if files.base is not None:
+        parts = [_as_lavis(open_folder(files.base), variant)]
+    else:
+        assert files.vision is not None
+        language = open_folder(files.language)
+        parts = [
+            {f"visual_encoder.{name}": stored for name, stored in open_file(files.vision).items()},
+            {_language_name(variant, name): stored for name, stored in language.items()},
+        ]
+    configs = []
+    for path in files.checkpoints:
+        tensors, config = (open_file(path), {}) if path.suffix == ".safetensors" else open_checkpoint(path)
+        parts.append(tensors)
+        configs.append(config)
+    return dataclasses.replace(lay_over(parts, variant), checkpoints=files.checkpoints, configs=tuple(configs))
 
 
-def _dtype_name(path: Path, name: str, dtype: torch.dtype) -> str:
-    from blip2nb.weights.hashing import DTYPE_NAMES
+def lay_over(parts: list[Source], variant: Variant) -> Assembled:
+    """Several sources as one; where two hold the same name, the later one wins.
 
-    return _known_dtype(path, name, DTYPE_NAMES.get(dtype, str(dtype)))
+    An alias belongs to the tensor as it was in its own file or the ones before it: the trainer leaves the copies of
+    what it did not train in its file, and a base's copies know nothing of what was trained later. Where a file holds an
+    alias and nothing has the tensor itself, the alias stands for it.
+    """
+    tied = {entry.sources[0]: str(entry.of) for entry in entries(variant) if isinstance(entry.rule, Tied)}
+    tensors: dict[str, Stored] = {}
+    aliases: dict[str, Alias] = {}
+    for part in parts:
+        tensors |= {name: stored for name, stored in part.items() if name not in tied}
+        for name, of in tied.items():
+            if name in part:
+                original = tensors.setdefault(of, part[name])
+                aliases[name] = Alias(name, part[name], of, original)
+    return Assembled(tensors, tuple(aliases.values()))
 
 
-def _known_dtype(path: Path, name: str, dtype: str) -> str:
-    from blip2nb.weights.hashing import DTYPES
+def _language_name(variant: Variant, name: str) -> str:
+    """A hub name as LAVIS calls it. An OPTModel was saved without the `model.` that an OPTForCausalLM has."""
+    if variant.language.kind == "opt" and name.startswith("decoder."):
+        name = f"model.{name}"
+    return f"{variant.language_prefix}.{name}"
 
-    if dtype not in DTYPES:
-        raise RequestError(f"{path}: {name} has dtype {dtype}, expected one of {', '.join(DTYPES)}.")
-    return dtype
+
+def _as_lavis(saved: Source, variant: Variant) -> dict[str, Stored]:
+    """A converted directory under LAVIS's names again. Names that no rule has are kept, and refused by the plan."""
+    return dict(_renamed_back(saved, variant))
+
+
+def _renamed_back(saved: Source, variant: Variant) -> Iterator[tuple[str, Stored]]:
+    left = dict(saved)
+    for entry in entries(variant):
+        stored = left.pop(str(entry.target), None)
+        if stored is None:
+            continue
+        if isinstance(entry.rule, FuseQueryValueBias):
+            yield from zip(entry.sources, _apart(stored, str(entry.target)), strict=True)
+        else:
+            yield entry.sources[0], stored
+    left.pop("qformer.embeddings.position_ids", None)  # a buffer that old versions of transformers saved
+    yield from left.items()
+
+
+def _apart(fused: Stored, name: str) -> tuple[Stored, Stored]:
+    """Query and value bias inside a fused one. Raises MappingError unless the key's third is zero."""
+    width = fused.shape[0] // 3
+    if any(any(piece) for piece in fused.rows(width, 2 * width).pieces()):
+        raise MappingError(
+            f"{name} in {fused.path.name} has a key bias, which LAVIS does not have. A base should be as it was "
+            "converted, not tuned in transformers."
+        )
+    return fused.rows(0, width), fused.rows(2 * width, 3 * width)
