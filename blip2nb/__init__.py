@@ -7,13 +7,16 @@ report = blip2nb.verify(run)
 """
 
 __version__ = "0.1.0"
-__all__ = ["Report", "Run", "Tape", "capture", "convert", "show", "variant", "verify"]
+__all__ = ["Report", "Run", "Tape", "capture", "check", "convert", "plan", "revert", "show", "variant", "verify"]
 
 _HOMES = {
     "capture": "api",
+    "check": "api",
     "check_proof": "api",
     "convert": "api",
     "draw": "api",
+    "plan": "api",
+    "revert": "api",
     "show": "api",
     "verify": "api",
     "check_notebook": "notebook",

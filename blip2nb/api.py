@@ -13,14 +13,33 @@ from blip2nb.report import Report
 from blip2nb.runs import Run, find_run, new_run, run_of_model
 from blip2nb.variants import variant
 from blip2nb.weights.convert import CASTS, Manifest
+from blip2nb.weights.download import locate
 from blip2nb.weights.writer import parse_size
 
 if TYPE_CHECKING:
+    from blip2nb.models.preview import Preview
+    from blip2nb.models.revert import Reverted
     from blip2nb.trace.tape import Tape
 
 log = logging.getLogger("blip2nb")
 
 PROOFS = ("auto", "weights", "both")
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What `check` found: `wrong` holds a sentence for each thing that is not as it was; none for a whole directory."""
+
+    folder: Path
+    tensors: int
+    source_checked: bool
+    wrong: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.wrong:
+            return "\n".join([f"{self.folder} is not as it was written:", *(f"  {one}" for one in self.wrong)])
+        source = "and its source is the one it was made from" if self.source_checked else "its source is not at hand"
+        return f"{self.folder} is whole: all {self.tensors} tensors are as they were written, {source}."
 
 
 def convert(
@@ -61,8 +80,7 @@ def convert(
     from blip2nb.models.files import open_source, which
 
     wanted = which(model, source)
-    if dtype not in CASTS:
-        raise RequestError(f"--dtype should be one of {', '.join(CASTS)}, found {dtype!r}.")
+    _check_dtype(dtype)
     parse_size(max_shard_size)
     run = run_of_model(Path(output).expanduser()) if output else new_run(wanted.name, source, run_name, output_dir)
     token = _hub_token(push_to_hub)
@@ -79,6 +97,86 @@ def convert(
 
         hub.upload(run.model, push_to_hub, token)
     return run
+
+
+def plan(
+    model: str = "",
+    source: str | Path = "",
+    output: str | Path = "",
+    *,
+    base: str | Path = "",
+    run_name: str = "",
+    output_dir: str | Path = "",
+    dtype: str = "auto",
+    max_shard_size: str | int = "5GB",
+) -> Preview:
+    """What `convert` would do with the same arguments: what it reads and from where, what it writes, what it needs.
+
+    Reads headers, asks the servers for the sizes of what is not here, and starts nothing.
+
+    Raises:
+        RequestError: as `convert` would, as far as that can be told now.
+    """
+    from blip2nb.models.files import which
+    from blip2nb.models.preview import preview
+
+    wanted = which(model, source)
+    _check_dtype(dtype)
+    run = run_of_model(Path(output).expanduser()) if output else new_run(wanted.name, source, run_name, output_dir)
+    return preview(wanted, run.model, source, base, dtype, max_shard_size)
+
+
+def check(target: str | Path | Run, source: str | Path = "", base: str | Path = "") -> Check:
+    """Read a converted directory again, and its source where it is at hand, and compare both with the manifest.
+
+    Args:
+        target: a converted directory, or a run's folder or name.
+        source, base: as for `convert`; what was named then unless given.
+
+    Raises:
+        RequestError: the directory is not one of ours, or a source that was named is not there.
+    """
+    from blip2nb.models import directory
+    from blip2nb.models.files import open_source
+
+    run = target if isinstance(target, Run) else find_run(target)
+    manifest = Manifest.read(run.model)
+    source, base = source or run.source, base or run.base
+    named = variant(manifest.model)
+    at_hand = bool(source or base) or named.twin or all(part.here for part in locate(named))
+    opened = open_source(named, source, base) if at_hand else None
+    return Check(run.model, len(manifest.written), at_hand, tuple(directory.check_model(run.model, opened)))
+
+
+def revert(
+    target: str | Path | Run, output: str | Path, *, part: str = "trained", overwrite: bool = False
+) -> Reverted:
+    """Write a LAVIS checkpoint from a BLIP-2 directory of transformers: the way back.
+
+    Args:
+        target: a converted directory, a run's folder or name, or what `save_pretrained` wrote after tuning.
+        output: the .pth to write.
+        part: "trained" for what LAVIS's trainer would have saved, "all" for vision tower and language model too.
+        overwrite: replace a file that is there.
+
+    Raises:
+        RequestError: the directory is no BLIP-2 captioner, or the file is there already.
+    """
+    from blip2nb.models.revert import PARTS, revert_model
+
+    if part not in PARTS:
+        raise RequestError(f"--part should be one of {', '.join(PARTS)}, found {part!r}.")
+    folder = target.model if isinstance(target, Run) else _model_folder(Path(target).expanduser())
+    return revert_model(folder, Path(output).expanduser(), part, overwrite)
+
+
+def _model_folder(path: Path) -> Path:
+    return path if (path / "config.json").is_file() else find_run(path).model
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in CASTS:
+        raise RequestError(f"--dtype should be one of {', '.join(CASTS)}, found {dtype!r}.")
 
 
 def _hub_token(repository: str) -> str | None:

@@ -31,10 +31,22 @@ class Proof(enum.StrEnum):
     auto, weights, both = "auto", "weights", "both"
 
 
+class Part(enum.StrEnum):
+    trained, all = "trained", "all"
+
+
 Model = Annotated[str, typer.Argument(help="A variant's name; see `blip2nb variants`.", show_default=False)]
+MaybeModel = Annotated[
+    str,
+    typer.Argument(help="A variant's name; a checkpoint of LAVIS's trainer says it itself.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Source = Annotated[
     str, typer.Option(help="A folder in the released layout, or a checkpoint to lay over the model's own files.")
+]
+Base = Annotated[
+    str,
+    typer.Option(help="What a checkpoint is laid over: a folder in the released layout, or a converted directory."),
 ]
 Output = Annotated[str, typer.Option("--output", "-o", help="Where to write; under outputs/ unless given.")]
 LavisPython = Annotated[
@@ -61,7 +73,7 @@ def main() -> None:
         print(f"blip2nb: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
     except (KeyboardInterrupt, typer.Abort):
-        print("blip2nb: stopped; nothing half-written was left.", file=sys.stderr)
+        print("blip2nb: stopped; the same command goes on from here.", file=sys.stderr)
         sys.exit(3)
     except Exception as error:
         logging.getLogger("blip2nb").debug("traceback", exc_info=True)
@@ -129,10 +141,36 @@ def keys(model: Model, as_json: Json = False) -> None:
 
 
 @app.command()
-def convert(
-    model: Model,
+def plan(
+    model: MaybeModel = "",
     source: Source = "",
     output: Output = "",
+    base: Base = "",
+    dtype: Annotated[Dtype, typer.Option(help="As for convert.")] = Dtype.auto,
+    max_shard_size: Annotated[str, typer.Option(help="As for convert.")] = "5GB",
+    as_json: Json = False,
+) -> None:
+    """Say what a conversion would read, write and need, and start nothing.
+
+    Exit status: 0 when it can be done, 2 when something stands in the way.
+    """
+    from blip2nb import api
+
+    found = api.plan(model, source, output, base=base, dtype=dtype.value, max_shard_size=max_shard_size)
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        print(found)
+    if found.problems:
+        raise typer.Exit(RequestError.exit_status)
+
+
+@app.command()
+def convert(
+    model: MaybeModel = "",
+    source: Source = "",
+    output: Output = "",
+    base: Base = "",
     dtype: Annotated[Dtype, typer.Option(help="auto keeps every tensor's own and loses nothing.")] = Dtype.auto,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
     run_name: Annotated[str, typer.Option(help="Folder under outputs/; the model's name unless given.")] = "",
@@ -140,15 +178,25 @@ def convert(
     push_to_hub: Annotated[
         str, typer.Option(metavar="REPO", help="Upload to user/name when done; token from the login.")
     ] = "",
+    check: Annotated[
+        str, typer.Option(metavar="DIR", help="Convert nothing: read DIR again, and its source, and compare.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
-    """Convert a model into a directory that transformers loads. Needs no LAVIS."""
+    """Convert a model into a directory that transformers loads. Needs no LAVIS.
+
+    Interrupted or killed, the same command goes on. Exit status: 1 when --check finds a difference.
+    """
     from blip2nb import api
 
+    if check:
+        _check(check, source, base, as_json)
+        return
     run = api.convert(
         model,
         source,
         output,
+        base=base,
         run_name=run_name,
         dtype=dtype.value,
         max_shard_size=max_shard_size,
@@ -161,11 +209,42 @@ def convert(
     print(run.model)
 
 
+def _check(target: str, source: str, base: str, as_json: bool) -> None:
+    from blip2nb import api
+
+    found = api.check(target, source, base)
+    if as_json:
+        _print_json({"output": str(found.folder), "source_checked": found.source_checked, "wrong": list(found.wrong)})
+    else:
+        print(found)
+    if found.wrong:
+        raise typer.Exit(Diverges.exit_status)
+
+
+@app.command()
+def revert(
+    target: Annotated[str, typer.Argument(metavar="DIR", help="A BLIP-2 directory of transformers, or a run's name.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The .pth to write.")],
+    part: Annotated[Part, typer.Option(help="What LAVIS's trainer would save, or the whole model.")] = Part.trained,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a LAVIS checkpoint from a directory of transformers, tuned there or converted: the way back."""
+    from blip2nb import api
+
+    done = api.revert(target, output, part=part.value, overwrite=overwrite)
+    if as_json:
+        _print_json({"output": str(done.path), "tensors": done.tensors, "no_way_back": done.no_way_back})
+        return
+    print(done)
+
+
 @app.command()
 def capture(
-    model: Model,
+    model: MaybeModel = "",
     source: Source = "",
     output: Output = "",
+    base: Base = "",
     lavis_python: LavisPython = "",
     device: Device = "cpu",
     as_json: Json = False,
@@ -173,7 +252,7 @@ def capture(
     """Have LAVIS itself run the model and record it: the reference that `verify` compares with."""
     from blip2nb import api
 
-    tape = api.capture(model, source, output=output, lavis_python=lavis_python, device=device)
+    tape = api.capture(model, source, base=base, output=output, lavis_python=lavis_python, device=device)
     if as_json:
         _print_json(
             {"tape": tape.path, **{name: tape.metadata[name] for name in ("model", "weights_hash", "versions")}}
@@ -188,6 +267,7 @@ def verify(
     proof: Annotated[Proof, typer.Option(help="weights alone, both proofs, or what is possible.")] = Proof.auto,
     tape: Annotated[str, typer.Option(help="A recording to compare with; one that fits is found or made.")] = "",
     source: Source = "",
+    base: Base = "",
     lavis_python: LavisPython = "",
     device: Device = "cpu",
     output: Output = "",
@@ -207,6 +287,7 @@ def verify(
         proof=proof.value,
         tape=tape,
         source=source,
+        base=base,
         lavis_python=lavis_python,
         device=device,
         output=output,

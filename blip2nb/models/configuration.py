@@ -200,7 +200,7 @@ def old_language_files(text: dict[str, Any], folder: Path) -> dict[str, dict[str
         return out
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
     if config["model_type"] == "opt":
-        settings["tokenizer_class"] = "GPT2Tokenizer"
+        settings |= {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True}  # OPT's texts begin with one
         model = tokenizer["model"]
         pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         return out | {"vocab.json": model["vocab"], "merges.txt": "\n".join(["#version: 0.2", *pairs]) + "\n"}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2nb.errors import RequestError
-from blip2nb.variants import VARIANTS, LanguageSizes, Variant
+from blip2nb.variants import VARIANTS, LanguageSizes, QFormerSizes, Variant, VisionSizes
 from blip2nb.weights.mapping import POSITIONS, check_part
 from blip2nb.weights.sources import Assembled, open_checkpoint, shapes
 
@@ -213,3 +213,52 @@ def _check_language(variant: Variant, found: Mapping[str, tuple[int, ...]], wher
                 f"{where}: {name} should be {value}, as the weights have it, found {said[name]}. "
                 f"Give the folder of {variant.language_model}, whole and unmixed."
             )
+
+
+def from_config(config: Mapping[str, Any], where: Path) -> Variant:
+    """The variant that a BLIP-2 directory of transformers is, by its config.json: the released one of these sizes, or
+    the nearest, with these sizes.
+
+    Raises:
+        RequestError: it is no BLIP-2 captioner on OPT or T5.
+    """
+    text, vision, qformer = (config.get(f"{part}_config", {}) for part in ("text", "vision", "qformer"))
+    kind = text.get("model_type", "opt")
+    if config.get("model_type") != "blip-2" or kind not in ("opt", "t5"):
+        raise RequestError(
+            f"{where} should be of a BLIP-2 model on OPT or T5, found {config.get('model_type')!r} on {kind!r}."
+        )
+    sizes = (_opt_sizes if kind == "opt" else _t5_sizes)({**_DEFAULTS[kind], **text})
+    tower = VisionSizes(
+        width=vision.get("hidden_size", 1408),
+        layers=vision.get("num_hidden_layers", 39),
+        heads=vision.get("num_attention_heads", 16),
+        mlp=vision.get("intermediate_size", 6144),
+        patch=vision.get("patch_size", 14),
+    )
+    queries = QFormerSizes(
+        width=qformer.get("hidden_size", 768),
+        layers=qformer.get("num_hidden_layers", 12),
+        heads=qformer.get("num_attention_heads", 12),
+        mlp=qformer.get("intermediate_size", 3072),
+        queries=config.get("num_query_tokens", 32),
+        cross_every=qformer.get("cross_attention_frequency", 2),
+    )
+    known = [one for one in VARIANTS.values() if one.language.kind == kind]
+    side = vision.get("image_size", 224)
+    known.sort(key=lambda one: (one.language != sizes, one.vision != tower, one.image_size != side))
+    return dataclasses.replace(known[0], image_size=side, vision=tower, qformer=queries, language=sizes)
+
+
+# What transformers 4 left out of a configuration because it was the default
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "opt": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "ffn_dim": 3072,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+    },
+    "t5": {"d_model": 512, "num_layers": 6, "num_heads": 8, "d_ff": 2048, "vocab_size": 32128, "d_kv": 64},
+}

@@ -1,0 +1,124 @@
+"""The way back: from a BLIP-2 directory of transformers to a checkpoint that LAVIS loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from blip2nb.errors import RequestError
+from blip2nb.models.directory import free_space
+from blip2nb.models.fit import from_config
+from blip2nb.models.preview import gigabytes
+from blip2nb.variants import Variant
+from blip2nb.weights.checkpoint import write_checkpoint
+from blip2nb.weights.convert import MANIFEST, Manifest
+from blip2nb.weights.mapping import Entry, FuseQueryValueBias, entries
+from blip2nb.weights.sources import Source, open_folder
+from blip2nb.weights.stored import Stored
+
+PARTS = ("trained", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reverted:
+    """A checkpoint that was written, and what of the directory has no place in it.
+
+    Attributes:
+        no_way_back: names in transformers, each with what was done about it.
+    """
+
+    path: Path
+    variant: Variant
+    part: str
+    tensors: int
+    no_way_back: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.tensors} tensors for LAVIS's {self.variant.lavis_class}"]
+        lines += [f"  {name}: {why}" for name, why in self.no_way_back.items()]
+        lines += ["", "To evaluate it with LAVIS, in the run's configuration:", "  model:"]
+        lines += [f"    arch: {self.variant.lavis_class}", f"    model_type: {self.variant.lavis_type}"]
+        lines += ["    load_finetuned: True", f"    finetuned: {self.path.absolute()}"]
+        return "\n".join(lines)
+
+
+def revert_model(folder: Path, output: Path, part: str, overwrite: bool) -> Reverted:
+    """Write the checkpoint. See `api.revert`.
+
+    Raises:
+        RequestError: the directory is no BLIP-2 captioner, lacks a tensor, or the file cannot be written.
+    """
+    variant = _variant(folder)
+    if output.exists() and not overwrite:
+        raise RequestError(f"{output} is there already. Name another --output, or replace it with --overwrite.")
+    saved = open_folder(folder)
+    wanted = [entry for entry in entries(variant) if not entry.optional]
+    missing = [str(entry.target) for entry in wanted if entry.target not in saved]
+    if missing:
+        raise RequestError(f"{folder} lacks {len(missing)} tensors of {variant.name}, for one {missing[0]}.")
+    chosen = [entry for entry in wanted if part == "all" or _trained(folder, variant, entry)]
+    tensors: dict[str, Stored] = {}
+    lost: dict[str, str] = {}
+    for entry in chosen:
+        back, why = _back(entry, saved)
+        tensors |= back
+        if why:
+            lost[str(entry.target)] = why
+    lost |= {_target_of(wanted, name): f"{why}; written as it is" for name, why in _manifest_losses(folder).items()}
+    size = sum(stored.nbytes for stored in tensors.values())
+    if free_space(output) < size + 1_000_000:
+        raise RequestError(
+            f"{output} needs {gigabytes(size)}, and {gigabytes(free_space(output))} are free there. "
+            "Make room, or name an --output on another disk."
+        )
+    try:
+        with tqdm(total=size, unit="B", unit_scale=True, desc=f"revert {variant.name}") as bar:
+            write_checkpoint(output, tensors, bar.update)
+    except OSError as error:
+        raise RequestError(f"{output} cannot be written ({error.strerror or error}). Name another --output.") from error
+    return Reverted(output, variant, part, len(tensors), lost)
+
+
+def _variant(folder: Path) -> Variant:
+    if (folder / MANIFEST).is_file():
+        return Manifest.read(folder).model_variant
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{path} should be the configuration of a BLIP-2 model ({error}).") from error
+    return from_config(config, path)
+
+
+def _trained(folder: Path, variant: Variant, entry: Entry) -> bool:
+    """Whether LAVIS's trainer would have saved it: what came from the checkpoints, as far as the manifest says; else
+    all but vision tower and language model, which are frozen unless a training says otherwise."""
+    if (folder / MANIFEST).is_file():
+        manifest = Manifest.read(folder)
+        return manifest.origins[entry.sources[0]] in manifest.checkpoints
+    frozen = () if variant.vision_in_checkpoint else ("visual_encoder.",)
+    return not entry.sources[0].startswith((*frozen, f"{variant.language_prefix}."))
+
+
+def _back(entry: Entry, saved: Source) -> tuple[dict[str, Stored], str]:
+    stored = saved[str(entry.target)]
+    if stored.shape != entry.shape:
+        raise RequestError(f"{entry.target} is {stored.shape}, expected {entry.shape} by the directory's config.json.")
+    if not isinstance(entry.rule, FuseQueryValueBias):
+        return {entry.sources[0]: stored}, ""
+    width = stored.shape[0] // 3
+    query, key, value = (stored.rows(n * width, (n + 1) * width) for n in range(3))
+    why = "a key bias, which LAVIS does not have and no output depends on: left out" if key.bits().any() else ""
+    return dict(zip(entry.sources, (query, value), strict=True)), why
+
+
+def _manifest_losses(folder: Path) -> dict[str, str]:
+    return dict(Manifest.read(folder).no_way_back) if (folder / MANIFEST).is_file() else {}
+
+
+def _target_of(wanted: list[Entry], name: str) -> str:
+    return next(str(entry.target) for entry in wanted if name in entry.sources)
