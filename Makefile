@@ -6,7 +6,7 @@ BIN := .venv/bin
 LAVIS_BIN := .venv-lavis/bin
 MODEL ?= tiny-blip2-opt-2.7b
 
-.PHONY: help demo test lint lab setup lavis twins tapes picture clean
+.PHONY: help demo test extended lint lab setup lavis twins tapes picture clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -20,6 +20,9 @@ demo: setup  ## convert a twin, prove it, show the verdict (needs no LAVIS)
 
 test: setup .venv/dev.done lavis lint  ## everything, LAVIS itself included
 	$(BIN)/python -m pytest
+
+extended: .venv/dev.done .transformers4/installed.done  ## the converted directories in transformers 4.57 too (another 135 MB)
+	$(BIN)/python -m pytest -m extended
 
 lint: .venv/dev.done
 	$(BIN)/ruff check .
@@ -45,7 +48,7 @@ picture: demo  ## the picture in the README
 	cp outputs/$(MODEL)/figures/depth_trace.png docs/depth_trace.png
 
 clean:  ## remove the environments and everything in outputs/
-	rm -rf .venv .venv-lavis $(filter-out outputs/README.md,$(wildcard outputs/*))
+	rm -rf .venv .venv-lavis .transformers4 $(filter-out outputs/README.md,$(wildcard outputs/*))
 
 .venv/main.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed, found ' + sys.version.split()[0] + '. Say which with: make PYTHON=python3.11')"
@@ -65,4 +68,9 @@ clean:  ## remove the environments and everything in outputs/
 	@$(LAVIS_BIN)/python -m pip install -q -c constraints-lavis.txt -r requirements-lavis.txt
 	@$(LAVIS_BIN)/python -m pip install -q --no-deps -e .
 	@$(LAVIS_BIN)/python -m ipykernel install --prefix .venv --name lavis --display-name "LAVIS (blip2nb)" 2>/dev/null >/dev/null
+	@touch $@
+
+.transformers4/installed.done: requirements-transformers4.txt | .venv/main.done
+	@rm -rf .transformers4
+	@$(BIN)/python -m pip install -q --no-deps --target .transformers4 -r requirements-transformers4.txt
 	@touch $@

@@ -26,6 +26,15 @@ settings.register_profile(
 settings.load_profile("kit")
 torch.set_num_threads(1)  # twins are small, and threads that wait for each other are slow on a busy machine
 
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the extended tests unless they are asked for, also where `-m` asks for something else."""
+    if "extended" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("extended")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
 _BAR = re.compile(r"\d+%\||\[\d\d:\d\d\]\s*$")
 
 

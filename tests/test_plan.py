@@ -50,10 +50,8 @@ def test_what_is_planned_is_what_is_read_and_written(converted, tmp_path: Path, 
     files = own_files(variant(name))
     assert [one.path for one in planned.reads] == [str(path) for path in files.parts()]
     assert sum(one.size for one in planned.reads) == sum(path.stat().st_size for path in files.weight_files())
-    assert (
-        planned.memory_float32
-        == parameter_count(variant(name)) * 4
-        == 4 * sum(parameter.numel() for parameter in load(converted(name).model).model.parameters())
+    assert planned.memory_float32 == 4 * sum(
+        parameter.numel() for parameter in load(converted(name).model).model.parameters()
     )
 
 
@@ -77,7 +75,8 @@ def test_what_is_not_here_is_planned_from_shapes_with_where_it_would_come_from(c
     assert ended.status == (2 if planned["problems"] else 0)
     assert not planned["exact"]
     assert all(not one["here"] and one["estimated"] and "127.0.0.1:9" in one["where"] for one in planned["reads"])
-    total = parameter_count(variant(name))
+    vision = variant(name).vision
+    total = parameter_count(variant(name)) + vision.layers * vision.width  # the zeros of the key biases
     assert planned["memory_float32"] == total * 4 == 2 * planned["memory_half"]
     assert total * 2 < planned["writes"] <= total * 4
     assert planned["writes"] <= planned["fetch_bytes"] + 1000_000  # coco reads a vision tower that is laid over

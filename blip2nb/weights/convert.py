@@ -27,7 +27,6 @@ from blip2nb.weights.mapping import Entry, MappingError, Plan
 from blip2nb.weights.sources import Alias, Assembled, open_folder
 from blip2nb.weights.stored import (
     PIECE,
-    SIZES,
     Stored,
     cast,
     combine,
@@ -64,6 +63,7 @@ class Manifest:
         weights_hash: one hash over the source's parameters by LAVIS name, in their stored dtype.
         parameters: LAVIS name -> digest, of what was read.
         origins: LAVIS name -> the file's name it was read from.
+        checkpoints: the names of those files that were trained: laid over vision tower and language model.
         written: transformers' name -> digest, of what was written.
         shards: file -> its size in bytes, and one hash over its header and the digests of its tensors.
         configuration: the other files of the directory -> their BLAKE3 hash.
@@ -81,6 +81,7 @@ class Manifest:
     weights_hash: str
     parameters: Mapping[str, str]
     origins: Mapping[str, str]
+    checkpoints: Sequence[str]
     written: Mapping[str, str]
     shards: Mapping[str, Mapping[str, Any]]
     tied: Mapping[str, str]
@@ -149,6 +150,7 @@ def write_weights(
     shards = shard(slots, parse_size(max_shard_size))
     noted = {one["target"]: one for one in work.done}
     say = _counted(progress)
+    (work.folder / MANIFEST).unlink(missing_ok=True)  # of a run that was killed at its very end
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(contextlib.closing(ShardFile(work.folder, one))) for one in shards]
         place = {slot.name: file for file, one in zip(files, shards, strict=True) for slot in one.slots}
@@ -168,6 +170,7 @@ def write_weights(
 
         jobs: list[Callable[[], Any]] = [beside] if beside is not None else []
         jobs += [partial(_check_hub_hash, file) for file in _hub_files(source)]
+        jobs += [partial(_check_record, record, names) for record, names in _records(plan, source).items()]
         jobs += [partial(_check_alias, alias) for alias in source.aliases]
         jobs += [partial(_check_dropped, entry, source) for entry in plan.dropped]
         jobs += [partial(one_copy, copy) for copy in copies]
@@ -184,6 +187,7 @@ def write_weights(
         weights_hash=combine(parameters),
         parameters=parameters,
         origins={name: source.tensors[name].path.name for name in parameters},
+        checkpoints=[path.name for path in source.checkpoints],
         written=written,
         shards={
             one.name: {"bytes": file.size, "hash": shard_hash(one.header(), [written[slot.name] for slot in one.slots])}
@@ -319,11 +323,35 @@ def _sound(name: str, stored: Stored, read: dict[str, str], place: int = 0) -> I
             checksum = isal_zlib.crc32(piece, checksum)
         yield piece
     if stored.crc32 is not None and checksum != stored.crc32:
-        raise RequestError(
-            f"{name} in {stored.path} does not have the checksum that the file says: it was damaged since it was "
-            "saved. Download or copy the file again."
-        )
+        raise _damaged(name, stored.path)
     read[name] = end_digest(stored.dtype, hasher)
+
+
+def _damaged(name: str, path: Path) -> RequestError:
+    return RequestError(
+        f"{name} in {path} does not have the checksum that the file says: it was damaged since it was "
+        "saved. Download or copy the file again."
+    )
+
+
+def _records(plan: Plan, source: Assembled) -> dict[Stored, str]:
+    """What tensors without a checksum of their own are cut from -> those tensors' names. Few files have any."""
+    names: dict[Stored, list[str]] = {}
+    for entry in plan.written:
+        for name in entry.sources:
+            record = source.tensors[name].record
+            if record is not None:
+                names.setdefault(record, []).append(name)
+    return {record: " or ".join(found[:3]) for record, found in names.items()}
+
+
+def _check_record(record: Stored, names: str) -> None:
+    checksum = 0
+    for piece in record.pieces():
+        go_on()
+        checksum = isal_zlib.crc32(piece, checksum)
+    if checksum != record.crc32:
+        raise _damaged(names, record.path)
 
 
 def _tied_words(alias: Alias) -> str:
@@ -338,20 +366,18 @@ def _check_alias(alias: Alias) -> None:
     if alias.stored.shape == alias.original.shape and _equal_as_cast(alias.stored, alias.original):
         return
     raise MappingError(
-        f"{alias.name} should be a copy of {alias.of}, but the values in {alias.stored.path.name} differ beyond a cast. "
-        "One of them was trained on its own; transformers holds only one tensor for both."
+        f"{alias.name} should be a copy of {alias.of}, but the values in {alias.stored.path.name} differ beyond a "
+        "cast. One of them was trained on its own; transformers holds only one tensor for both."
     )
 
 
 def _equal_as_cast(alias: Stored, original: Stored) -> bool:
-    values = PIECE // max(SIZES[alias.dtype], SIZES[original.dtype])
-    pairs = zip(alias.pieces(values * SIZES[alias.dtype]), original.pieces(values * SIZES[original.dtype]), strict=True)
-    for piece, other in pairs:
+    """By their digests, since the pieces of one that lies crosswise in its file are cut at other places."""
+    hasher = start_digest(original.shape)
+    for piece in original.pieces():
         go_on()
-        same = other if alias.dtype == original.dtype else cast(other, original.dtype, alias.dtype)
-        if piece != same:
-            return False
-    return True
+        hasher.update(piece if alias.dtype == original.dtype else cast(piece, original.dtype, alias.dtype))
+    return end_digest(alias.dtype, hasher) == alias.digest()
 
 
 def _check_dropped(entry: Entry, source: Assembled) -> None:

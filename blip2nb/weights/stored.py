@@ -39,6 +39,7 @@ class Stored:
         dtype: by safetensors' name, such as "F16".
         strides: steps between elements along each dimension, in elements; None for row-major order.
         crc32: the file's own checksum of just these bytes, where it has one.
+        record: all the bytes it is cut from, where the file has a checksum of those alone.
     """
 
     path: Path
@@ -47,6 +48,7 @@ class Stored:
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
     crc32: int | None = None
+    record: Stored | None = None
 
     @property
     def nbytes(self) -> int:

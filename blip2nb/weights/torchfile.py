@@ -15,6 +15,7 @@ import dataclasses
 import io
 import math
 import pickle
+import re
 import struct
 import zipfile
 import zlib
@@ -186,10 +187,10 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return _Named(_STORAGES[name])
-        if module == "torch" and name in _DTYPES:
-            return _Named(_DTYPES[name])
+        if module == "torch" and _DTYPE.fullmatch(name):
+            return _Named(_DTYPES.get(name, name))
         try:
-            return _KNOWN[module, name]
+            return _Call(_KNOWN[module, name])
         except KeyError:
             raise _Refused(f"it names {module}.{name}") from None
 
@@ -207,17 +208,45 @@ class _Named:
     dtype: str
 
 
-def _rebuild(storage: _Storage, offset: int, shape: Any, strides: Any, *rest: Any) -> _Tensor:
-    return _Tensor(storage, storage.dtype, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
+class _Call:
+    """What a pickle may call. That is all it may do with it: what it would set on it is refused."""
+
+    __slots__ = ("_does",)
+
+    def __init__(self, does: Any):
+        self._does = does
+
+    def __call__(self, *given: Any) -> Any:
+        return self._does(*given)
+
+    def __setstate__(self, state: Any) -> None:
+        raise _Refused("it changes a function")
 
 
-def _rebuild_with_dtype(storage: _Storage, offset: int, shape: Any, strides: Any, *rest: Any) -> _Tensor:
-    kind = rest[2].dtype
-    return _Tensor(storage, kind, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
+def _rebuild(
+    storage: _Storage, offset: int, shape: Any, strides: Any, grad: Any = False, hooks: Any = None, marks: Any = None
+) -> _Tensor:
+    return _tensor(storage, storage.dtype, offset, shape, strides, marks)
+
+
+def _rebuild_with_dtype(
+    storage: _Storage, offset: int, shape: Any, strides: Any, grad: Any, hooks: Any, kind: _Named, marks: Any = None
+) -> _Tensor:
+    return _tensor(storage, kind.dtype, offset, shape, strides, marks)
+
+
+def _tensor(storage: _Storage, dtype: str, offset: int, shape: Any, strides: Any, marks: Any) -> _Tensor:
+    if marks and marks.get("neg"):
+        dtype = f"{dtype} with the sign turned"  # a view that negates when it is read: no dtype of ours
+    return _Tensor(storage, dtype, int(offset), tuple(map(int, shape)), tuple(map(int, strides)))
 
 
 def _parameter(data: _Tensor, *rest: Any) -> _Tensor:
     return data
+
+
+def _with_attributes(function: Any, kind: Any, given: Any, state: Any) -> Any:
+    return function(*given)  # one of `_KNOWN`; what was set on the tensor is of no interest
 
 
 def _plain(*arguments: Any) -> tuple[Any, ...]:
@@ -231,6 +260,7 @@ class _Ordered(collections.OrderedDict):
         pass
 
 
+_DTYPE = re.compile(r"bool|b?float\d\w*|u?int\d+|complex\d+")
 _DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
     "int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL",
@@ -243,14 +273,26 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_with_dtype,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _with_attributes,
+    ("torch", "Tensor"): _plain,
+    ("torch.nn.parameter", "Parameter"): _plain,
+    ("torch.nn.parameter", "Buffer"): _plain,
     ("torch", "Size"): _plain,
     ("torch", "device"): _plain,
     ("collections", "OrderedDict"): _Ordered,
     ("collections", "defaultdict"): lambda *arguments: {},
+    ("collections", "Counter"): dict,
     ("builtins", "dict"): dict,
     ("builtins", "set"): set,
     ("builtins", "complex"): _plain,
+    ("builtins", "bytearray"): _plain,
+    # what the pickles of Python 2's time, as torch.save writes them, call these and bytes
+    ("__builtin__", "dict"): dict,
     ("__builtin__", "set"): set,
+    ("__builtin__", "complex"): _plain,
+    ("__builtin__", "bytearray"): _plain,
+    ("__builtin__", "bytes"): _plain,
+    ("_codecs", "encode"): _plain,
 }
 
 
@@ -275,11 +317,13 @@ def _stored(path: Path, tensor: _Tensor) -> Stored | Odd:
     held = storage.count * (SIZES.get(storage.dtype) or _OTHER_SIZES[storage.dtype])
     count = math.prod(tensor.shape)
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True)) if count else -1
-    if min(tensor.offset, *tensor.shape, *tensor.strides, 0) < 0 or (tensor.offset + last + 1) * size > held:
+    lowest = min(storage.start, tensor.offset, *tensor.shape, *tensor.strides)
+    if lowest < 0 or (count and (tensor.offset + last + 1) * size > held):
         raise ValueError("a tensor lies outside the bytes it is cut from")
     plain = count == 0 or all(
         step == math.prod(tensor.shape[n + 1 :]) for n, step in enumerate(tensor.strides) if tensor.shape[n] != 1
     )
+    record = Stored(path, storage.start, "U8", (held,), crc32=storage.crc32)
     whole = plain and count * size == held
     return Stored(
         path,
@@ -288,4 +332,5 @@ def _stored(path: Path, tensor: _Tensor) -> Stored | Odd:
         tensor.shape,
         None if plain else tensor.strides,
         storage.crc32 if whole else None,
+        None if whole or storage.crc32 is None or not count else record,
     )

@@ -252,16 +252,19 @@ class Unfinished:
         self.done: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         journal = folder / JOURNAL
-        lines = journal.read_bytes().splitlines() if journal.is_file() else []
-        head = json.dumps({"unfinished": identity}).encode()
+        lines = journal.read_bytes().splitlines(keepends=True) if journal.is_file() else []
+        head = json.dumps({"unfinished": identity}).encode() + b"\n"
         if identity and lines and lines[0] == head:
             self.done = list(_whole_lines(lines[1:]))
         elif folder.exists():
             log.info("an unfinished run of something else lies in %s; starting anew", folder.parent)
             shutil.rmtree(folder)
+            lines = []
         folder.mkdir(exist_ok=True)
-        self._journal = open(journal, "wb")  # noqa: SIM115 (closed by close)
-        self._journal.write(b"\n".join([head, *(json.dumps(one).encode() for one in self.done), b""]))
+        self._journal = open(journal, "ab")  # noqa: SIM115 (closed by close)
+        self._journal.truncate(sum(map(len, lines[: 1 + len(self.done)])))
+        if not lines:
+            self._journal.write(head)
         self._journal.flush()
 
     def note(self, **what: Any) -> None:
@@ -278,9 +281,12 @@ def _whole_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     """The lines up to the first that was not written to its end."""
     for line in lines:
         try:
-            yield json.loads(line)
+            one = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
             return
+        if not isinstance(one, dict):
+            return
+        yield one
 
 
 @contextlib.contextmanager
@@ -299,7 +305,7 @@ def unfinished_directory(target: Path, identity: str) -> Iterator[Unfinished]:
     new = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(target.with_name(f".{target.name}.lock"), blocking=False)
+        lock = FileLock(_lock_of(target), blocking=False)
         lock.acquire()
     except Timeout as error:
         raise RequestError(
@@ -310,6 +316,7 @@ def unfinished_directory(target: Path, identity: str) -> Iterator[Unfinished]:
         raise RequestError(_cannot_write(target, error)) from error
     folder = target.with_name(f".{target.name}.partial")
     try:
+        _put_back(target)
         work = Unfinished(folder, identity)
         try:
             yield work
@@ -336,8 +343,31 @@ def unfinished_directory(target: Path, identity: str) -> Iterator[Unfinished]:
             _remove_empty(new)
 
 
+def clear_away(target: Path) -> None:
+    """Remove what a run that was killed after its last step has left beside the finished directory."""
+    lock, old = _lock_of(target), _old_of(target)
+    if lock.exists() or old.exists():
+        with contextlib.suppress(Timeout, OSError), FileLock(lock, blocking=False):
+            shutil.rmtree(old, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def _lock_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
+
+
+def _old_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def _put_back(target: Path) -> None:
+    """What stood at the target, where a run was killed between taking it away and putting the new one there."""
+    if _old_of(target).exists() and not target.exists():
+        _old_of(target).rename(target)
+
+
 def _put_in_place(folder: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
+    old = _old_of(target)
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
