@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.costs import in_one_thread
+from benchmarks.costs import STEPS, in_one_thread
 from benchmarks.synthetic import SIZES, Size
 
 Entry = dict[str, Any]
@@ -113,7 +113,8 @@ def _memory(sizes: dict[str, Entry]) -> list[str]:
         return []
     said = (
         "Peak anonymous memory (RssAnon, children included, looked at every 10 ms) in MB: of the conversion, of the "
-        "conversion of this model's twin, and of a process that only imports what a conversion imports."
+        "conversion of this model's twin, and of a process that only imports what the copying process imports. A "
+        "process beside it, which writes tokenizer and configuration for a second, is counted with it."
     )
     return ["## Memory", said, _table(["size", "convert", "twin", "imports", "over imports", "over the twin"], rows)]
 
@@ -144,8 +145,8 @@ def _in_memory(sizes: dict[str, Entry]) -> list[str]:
 
 def _costs(rates: dict[str, float]) -> list[str]:
     said = (
-        "One thread, GB/s. A thread that reads, scans, hashes and writes every byte of a float16 model, one after the "
-        f"other, would come to {in_one_thread(rates):.2f} GB/s."
+        f"One thread, GB/s. One that does to every byte of a .pth what a conversion does ({', '.join(STEPS)}), one "
+        f"after the other, comes to {in_one_thread(rates):.2f} GB/s."
     )
     return [
         "## What bounds it",
