@@ -46,7 +46,9 @@ def given_tape(path: Path, manifest: Manifest) -> Tape:
     """
     tape = open_tape(path)
     again = f"Record again with `blip2nb capture {manifest.model}`."
-    if tape.metadata.get("source_hash") != manifest.weights_hash:
+    if "source_hash" not in tape.metadata:
+        raise RequestError(f"{path} is of an older version: it does not say of which files it was made. {again}")
+    if tape.metadata["source_hash"] != manifest.weights_hash:
         raise RequestError(
             f"{path} was recorded on other weights (of {tape.metadata['model']}) than this model was converted from. "
             f"{again}"
