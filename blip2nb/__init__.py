@@ -7,7 +7,20 @@ report = blip2nb.verify(run)
 """
 
 __version__ = "0.1.0"
-__all__ = ["Report", "Run", "Tape", "capture", "check", "convert", "plan", "revert", "show", "variant", "verify"]
+__all__ = [
+    "Report",
+    "Run",
+    "Tape",
+    "capture",
+    "check",
+    "convert",
+    "finish",
+    "plan",
+    "revert",
+    "show",
+    "variant",
+    "verify",
+]
 
 _HOMES = {
     "capture": "api",
@@ -15,6 +28,7 @@ _HOMES = {
     "check_proof": "api",
     "convert": "api",
     "draw": "api",
+    "finish": "api",
     "plan": "api",
     "revert": "api",
     "show": "api",

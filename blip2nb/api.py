@@ -283,7 +283,6 @@ def verify(
     report.save(run.folder)
     if figures:
         draw(run)
-    log.info("%s", report.content["summary"])
     return report
 
 
@@ -326,6 +325,22 @@ def show(target: str | Path | Run) -> str:
 
     run = target if isinstance(target, Run) else find_run(target)
     return describe(run)
+
+
+def finish(run: Run, keep_model: bool = True) -> None:
+    """The end of a run: remove its converted model where it is not to be kept. Everything else stays.
+
+    The same `convert` makes the same model again.
+
+    Raises:
+        RequestError: what stands in the model's place is not a conversion of this kit.
+    """
+    if keep_model or not run.model.exists():
+        return
+    from blip2nb.run import clean
+
+    clean.remove_model(run)
+    log.info("removed the converted model %s; report and figures stay", run.model)
 
 
 class _steps:

@@ -272,6 +272,7 @@ def verify(
     device: Device = "cpu",
     output: Output = "",
     figures: Annotated[bool, typer.Option(help="Also draw the figures.")] = True,
+    keep_model: Annotated[bool, typer.Option(help="Or remove the model at the end; the report stays.")] = True,
     as_json: Json = False,
 ) -> None:
     """Prove that a converted directory is the model LAVIS runs, or say where it first goes wrong.
@@ -293,6 +294,7 @@ def verify(
         output=output,
         figures=figures,
     )
+    api.finish(run, keep_model)
     if as_json:
         _print_json(report.content)
     else:
@@ -332,6 +334,50 @@ def doctor(lavis_python: LavisPython = "", as_json: Json = False) -> None:
                 print(f"      {finding.advice}")
     if not all(finding.fine for finding in findings if finding.required):
         raise typer.Exit(RequestError.exit_status)
+
+
+@app.command()
+def clean(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME", help="What to remove, as the list calls it, or a whole run.", show_default=False
+        ),
+    ] = None,
+    models: Annotated[bool, typer.Option("--models", help="Remove the converted models of all runs.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    output_dir: Annotated[str, typer.Option(help="Where the runs are; outputs/ unless given.")] = "",
+    as_json: Json = False,
+) -> None:
+    """List what takes space: runs, unfinished work, twins, downloads. With names, remove it."""
+    from blip2nb.run import clean as cleaning
+
+    items = cleaning.survey(output_dir)
+    if not names and not models:
+        rows = [item.as_dict() for item in items]
+        whole = {"items": rows, "bytes": sum(item.size for item in items)}
+        _print_json(whole) if as_json else print(cleaning.table(items))
+        return
+    chosen, kept = cleaning.choose(items, names or [], models, output_dir)
+    for item in kept:
+        print(f"{item.name} stays: {item.kept}", file=sys.stderr)
+    if chosen and not yes:
+        _ask_to_remove(cleaning.table(chosen))
+    freed = cleaning.remove(chosen)
+    if as_json:
+        _print_json({"removed": [item.as_dict() for item in chosen], "bytes": freed})
+    else:
+        print(f"Removed {', '.join(item.name for item in chosen) or 'nothing'}: {cleaning.human(freed)}.")
+
+
+def _ask_to_remove(table: str) -> None:
+    """Go on only where the answer is yes. The question goes to stderr, which leaves stdout to the result."""
+    if not sys.stdin.isatty():
+        raise RequestError("Nothing was removed: there is nobody to ask. Say --yes to remove it without a question.")
+    print(table, file=sys.stderr)
+    if not typer.confirm("Remove it?", err=True):
+        print("Nothing was removed.", file=sys.stderr)
+        raise typer.Exit
 
 
 def _print_json(content: Any) -> None:

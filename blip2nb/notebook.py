@@ -1,4 +1,6 @@
-"""What the notebooks need of Jupyter itself: a check of the kernel, and of the parameters papermill was given."""
+"""What the notebooks need of Jupyter itself: a check of the kernel and of the parameters papermill was given, and the
+kit's messages in the cells' outputs.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import ast
 import difflib
 import importlib.metadata
 import importlib.util
+import logging
 import sys
 
 from blip2nb.errors import RequestError
@@ -17,7 +20,7 @@ def check_notebook(kernel: str = "python3") -> None:
     """Refuse a wrong kernel, and a parameter that papermill injected and the notebook does not declare.
 
     papermill accepts any name in silence, so that `-p modelname …` would run the default model. Declared is what the
-    cell before the injected one assigns.
+    cell before the injected one assigns. From here on the kit's messages show in the notebook.
 
     Args:
         kernel: "python3" for the kit's own environment, "lavis" for the one with LAVIS.
@@ -26,6 +29,7 @@ def check_notebook(kernel: str = "python3") -> None:
         RequestError: naming the kernel to choose, or the parameter and the nearest one there is.
     """
     _check_kernel(kernel)
+    _show_messages()
     from IPython import get_ipython
 
     shell = get_ipython()
@@ -42,6 +46,16 @@ def _check_kernel(kernel: str) -> None:
             f"This notebook needs the kernel {kernel!r}, which {sys.executable} is not. "
             "Choose Kernel > Change Kernel, or give papermill -k."
         )
+
+
+def _show_messages() -> None:
+    """Show what the kit says (what it keeps, what it goes on with) under the cell, unless logging is set up already."""
+    log = logging.getLogger("blip2nb")
+    if not log.hasHandlers():
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
 
 
 def assigned(code: str) -> list[str]:

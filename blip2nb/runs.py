@@ -13,6 +13,8 @@ from blip2nb.report import Report
 if TYPE_CHECKING:
     from blip2nb.trace.tape import Tape
 
+_PROOF = "-proof"  # what the folder beside a model with a name of its own has behind that
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -122,12 +124,20 @@ def run_of_model(model: Path, folder: Path | None = None) -> Run:
     """The run a converted directory belongs to: the folder it stands in as `model`, or one beside it."""
     model = model.resolve()
     if folder is None:
-        folder = model.parent if model.name == "model" else model.with_name(f"{model.name}-proof")
+        folder = model.parent if model.name == "model" else model.with_name(f"{model.name}{_PROOF}")
     return Run(folder, model)
+
+
+def _model_of(folder: Path) -> Path:
+    """The model of a run's folder: in it, or the one that it stands beside."""
+    beside = folder.with_name(folder.name.removesuffix(_PROOF))
+    return beside if beside != folder and not (folder / "model").is_dir() else folder / "model"
 
 
 def find_run(path: str | Path, output_dir: str | Path = "") -> Run:
     """The run meant by a path or a run's name: a run's folder, a converted directory, or a name under outputs/.
+
+    The directory may have been removed, if its report was kept.
 
     Raises:
         RequestError: there is no such thing.
@@ -137,7 +147,10 @@ def find_run(path: str | Path, output_dir: str | Path = "") -> Run:
         if (folder / "config.json").is_file():
             return run_of_model(folder)
         if (folder / "model").is_dir() or (folder / "report.json").is_file():
-            return Run(folder.resolve(), folder.resolve() / "model")
+            return Run(folder.resolve(), _model_of(folder.resolve()))
+        removed = run_of_model(folder)
+        if not folder.exists() and (removed.folder / "report.json").is_file():
+            return removed
     raise RequestError(
         f"{path} is neither a converted directory nor a run. Expected a folder that `blip2nb convert` wrote, "
         f"or a run's name under {outputs_folder(output_dir)}."

@@ -25,13 +25,18 @@ def describe(run: Run) -> str:
     report = run.report.content
     lines = [f"{report['model_name']}: {report['verdict']} ({VERDICTS[report['verdict']]})", "", report["summary"], ""]
     lines += [f"  {label:<22}{value}" for label, value in numbers(report)]
+    here = run.model.is_dir()
+    again = "" if here else ", once it is converted again (the converted model was removed)"
     if report.get("complete_with"):
-        lines += ["", "To complete the proof, where LAVIS is installed (`make lavis`):", f"  {report['complete_with']}"]
+        lines += ["", f"To complete the proof, where LAVIS is installed (`make lavis`){again}:"]
+        lines += [f"  {report['complete_with']}"]
     for known in report["known_differences"]:
         lines += ["", f"{known['words']} ({known['id']})", f"  {known['why']}", f"  remedy: {known['fix']}"]
-    lines += ["", "To caption as LAVIS does", *(f"  {line}" for line in usage(report["model_name"], run.model))]
+    lines += ["", f"To caption as LAVIS does{again}"]
+    lines += [f"  {line}" for line in usage(report["model_name"], run.model)]
     lines += ["", "Where things are"]
     lines += [f"  {label:<10}{path}" for label, path in run.left().items()]
+    lines += [] if here else [f"  {'model':<10}removed from {run.model}"]
     return "\n".join(lines)
 
 

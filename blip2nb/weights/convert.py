@@ -38,7 +38,7 @@ from blip2nb.weights.stored import (
     start_digest,
 )
 from blip2nb.weights.threads import at_once, go_on
-from blip2nb.weights.writer import ShardFile, Slot, Unfinished, parse_size, shard, write_index
+from blip2nb.weights.writer import INDEX, ShardFile, Slot, Unfinished, parse_size, shard, write_index
 
 if TYPE_CHECKING:
     import torch
@@ -150,7 +150,8 @@ def write_weights(
     shards = shard(slots, parse_size(max_shard_size))
     noted = {one["target"]: one for one in work.done}
     say = _counted(progress)
-    (work.folder / MANIFEST).unlink(missing_ok=True)  # of a run that was killed at its very end
+    for left in (MANIFEST, INDEX):  # by a run that was killed at its very end
+        (work.folder / left).unlink(missing_ok=True)
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(contextlib.closing(ShardFile(work.folder, one))) for one in shards]
         place = {slot.name: file for file, one in zip(files, shards, strict=True) for slot in one.slots}

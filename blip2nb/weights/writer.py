@@ -217,13 +217,16 @@ def _write_all(handle: int, piece: Buffer, at: int) -> None:
         left, at = left[written:], at + written
 
 
+INDEX = "model.safetensors.index.json"
+
+
 def write_index(folder: Path, shards: Sequence[Shard]) -> None:
     """The hub's index of shards; nothing for a single file."""
     if len(shards) > 1:
         weight_map = {slot.name: shard.name for shard in shards for slot in shard.slots}
         total = sum(slot.size for shard in shards for slot in shard.slots)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -332,9 +335,12 @@ def unfinished_directory(target: Path, identity: str) -> Iterator[Unfinished]:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     except BaseException as error:
+        full = _is_full(target.parent)
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise RequestError(_cannot_write(target, error)) from error
+        if full and not isinstance(error, RequestError):  # libraries say it in words of their own
+            raise RequestError(_cannot_write(target, OSError(errno.ENOSPC, ""))) from error
         raise
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
@@ -380,6 +386,13 @@ def _remove_empty(folders: Iterable[Path]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):  # not empty: somebody else's by now
             folder.rmdir()
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < 16 * PAGE
+    except OSError:
+        return False
 
 
 def _cannot_write(target: Path, error: OSError) -> str:
