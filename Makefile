@@ -6,7 +6,7 @@ BIN := .venv/bin
 LAVIS_BIN := .venv-lavis/bin
 MODEL ?= tiny-blip2-opt-2.7b
 
-.PHONY: help demo test extended lint lab setup lavis twins tapes picture clean
+.PHONY: help demo test extended lint lab setup lavis twins tapes picture bench clean
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -46,6 +46,9 @@ tapes: setup lavis  ## record the twins' reference recordings again, with LAVIS 
 
 picture: demo  ## the picture in the README
 	cp outputs/$(MODEL)/figures/depth_trace.png docs/depth_trace.png
+
+bench: setup  ## what conversions cost at full size: an hour, 51 GB of disk, and a machine with nothing else to do
+	$(BIN)/python -m benchmarks.convert --size all --in-memory --cast bfloat16 --costs
 
 clean:  ## remove the environments and everything in outputs/
 	rm -rf .venv .venv-lavis .transformers4 $(filter-out outputs/README.md,$(wildcard outputs/*))

@@ -148,7 +148,7 @@ def model_config(variant: Variant, text: dict[str, Any], image_token: int, newli
         "text_config": text,
     }
     if variant.language.kind == "t5":
-        config["tie_word_embeddings"] = False  # transformers 4 reads it here
+        config["tie_word_embeddings"] = False  # beside the one in text_config: versions differ in which they read
     return config
 
 
