@@ -148,9 +148,7 @@ def check(target: str | Path | Run, source: str | Path = "", base: str | Path = 
     return Check(run.model, len(manifest.written), at_hand, tuple(directory.check_model(run.model, opened)))
 
 
-def revert(
-    target: str | Path | Run, output: str | Path, *, part: str = "trained", overwrite: bool = False
-) -> Reverted:
+def revert(target: str | Path | Run, output: str | Path, *, part: str = "trained", overwrite: bool = False) -> Reverted:
     """Write a LAVIS checkpoint from a BLIP-2 directory of transformers: the way back.
 
     Args:

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import mmap
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,9 @@ from blip2nb.variants import Variant, variant_of
 from blip2nb.weights.mapping import Entry, MappingError, Plan
 from blip2nb.weights.sources import Alias, Assembled, open_folder
 from blip2nb.weights.stored import (
+    PAGE,
     PIECE,
+    SIZES,
     Stored,
     cast,
     combine,
@@ -156,9 +159,8 @@ def write_weights(
         files = [stack.enter_context(contextlib.closing(ShardFile(work.folder, one))) for one in shards]
         place = {slot.name: file for file, one in zip(files, shards, strict=True) for slot in one.slots}
         copies = [_Copy(entry, slot, source, place[slot.name]) for entry, slot in zip(plan.written, slots, strict=True)]
-        copies.sort(
-            key=lambda copy: not copy.plain
-        )  # computed ones last: they need torch, which another thread imports
+        if not all(copy.plain or copy.fused for copy in copies):
+            stack.enter_context(_torch_in_each_thread())
 
         def one_copy(copy: _Copy) -> dict[str, Any]:
             known = noted.get(copy.slot.name)
@@ -230,6 +232,19 @@ def _target_dtype(entry: Entry, source: Assembled, dtype: str) -> str:
     return CASTS[dtype] or own
 
 
+@contextlib.contextmanager
+def _torch_in_each_thread() -> Iterator[None]:
+    """Torch, loaded before the threads that copy begin, and with no threads of its own inside each of them."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _counted(progress: Callable[[int], object] | None) -> Callable[[int], None]:
     lock = threading.Lock()
 
@@ -256,6 +271,13 @@ class _Copy:
         """Whether its bytes are copied as they are."""
         return self.entry.kind == "Rename" and self.source.tensors[self.entry.sources[0]].dtype == self.slot.dtype
 
+    @property
+    def fused(self) -> bool:
+        """Whether its bytes are joined from those of others."""
+        return self.entry.kind == "FuseQueryValueBias" and self.source.tensors[self.entry.sources[0]].dtype == (
+            self.slot.dtype
+        )
+
     def run(self, say: Callable[[int], None]) -> dict[str, Any]:
         """Write it. Returns what the journal notes: the digests of what was read and of what was written."""
         read: dict[str, str] = {}
@@ -276,9 +298,11 @@ class _Copy:
         """The target's bytes; the digests of the sources come to stand in `read` when the last was handed out."""
         if self.entry.kind == "Rename":
             (name,) = self.entry.sources
-            place = self.file.place(self.slot.name) if self.plain else 0
-            for piece in _sound(name, self.source.tensors[name], read, place):
-                yield piece if self.plain else self._cast(piece, self.source.tensors[name].dtype)
+            stored, place = self.source.tensors[name], self.file.place(self.slot.name)
+            if self.plain:
+                yield from _sound(name, stored, read, skip=place % PAGE)
+            else:
+                yield from self._casts(name, stored, read, place)
             return
         for name in self.entry.sources:  # a bias or the positions: small, so computed whole
             for _ in _sound(name, self.source.tensors[name], read):
@@ -286,13 +310,23 @@ class _Copy:
         dtype, content = self._computed([self.source.tensors[name] for name in self.entry.sources])
         yield content if dtype == self.slot.dtype else self._cast(content, dtype)
 
+    def _casts(self, name: str, stored: Stored, read: dict[str, str], place: int) -> Iterator[memoryview]:
+        """Each piece cast to where in a page it will be in the file, and cut so that it ends with a page there."""
+        have, want = SIZES[stored.dtype], SIZES[self.slot.dtype]
+        skip, rest = divmod(place % PAGE * have, want)
+        room = memoryview(mmap.mmap(-1, PIECE // have * want + PAGE))
+        for piece in _sound(name, stored, read, skip=0 if rest or skip % have else skip):
+            start, size = place % PAGE, piece.nbytes // have * want
+            yield self._cast(piece, stored.dtype, room[start : start + size])
+            place += size
+
     def _computed(self, sources: list[Stored]) -> tuple[str, memoryview]:
         if self.entry.kind == "InterpolatePositions":
             return contents(self.entry.rule.forward(*(one.tensor() for one in sources)))
         return sources[0].dtype, memoryview(self.entry.rule.forward(*(one.bits() for one in sources))).cast("B")
 
-    def _cast(self, piece: Any, dtype: str) -> memoryview:
-        made = cast(piece, dtype, self.slot.dtype)
+    def _cast(self, piece: Any, dtype: str, room: memoryview | None = None) -> memoryview:
+        made = cast(piece, dtype, self.slot.dtype, room)
         if not is_finite(made, self.slot.dtype):
             raise RequestError(
                 f"{self.entry.sources[0]} holds values up to {largest(piece, dtype):.4g}, too large for "
@@ -301,7 +335,7 @@ class _Copy:
         return made
 
 
-def _sound(name: str, stored: Stored, read: dict[str, str], place: int = 0) -> Iterator[memoryview]:
+def _sound(name: str, stored: Stored, read: dict[str, str], skip: int = 0) -> Iterator[memoryview]:
     """A tensor's pieces, each looked through; its digest is put into `read` behind the last.
 
     Raises:
@@ -313,7 +347,7 @@ def _sound(name: str, stored: Stored, read: dict[str, str], place: int = 0) -> I
             "expected. Quantised checkpoints cannot be converted; use the one they were made from."
         )
     hasher, checksum = start_digest(stored.shape), 0
-    for piece in stored.pieces(place=place):
+    for piece in stored.pieces(skip=skip):
         if not is_finite(piece, stored.dtype):
             raise RequestError(
                 f"{name} in {stored.path.name} holds {count_not_finite(stored)} NaN or infinite values; "
