@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import pickle
 import random
@@ -25,6 +26,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import transformers  # noqa: F401 (or every conversion would start a process for its configuration)
@@ -45,11 +47,11 @@ from blip2nb.weights.hashing import DTYPE_NAMES
 from blip2nb.weights.mapping import entries
 from blip2nb.weights.sources import open_checkpoint, open_file, open_folder
 from blip2nb.weights.stored import Stored, digest_of
+from blip2nb.weights.threads import at_once
 from blip2nb.weights.torchfile import Odd, read_torch_file
 from blip2nb.weights.writer import JOURNAL, clear_away, unfinished_directory
 
 OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"
-TRAINER_T5 = "tiny-blip2-flan-t5-xl-coco"
 NORM = "ln_vision.weight"
 FC1 = "opt_model.model.decoder.layers.0.fc1.weight"
 Copy = Callable[[str], Path]
@@ -119,13 +121,24 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            status = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
-            print(json.dumps({"status": status}), flush=True)
+            print(json.dumps({"status": _status(request["wait"])}), flush=True)
             continue
         pid = os.fork()
         if not pid:
             _child(request)
         print(json.dumps({"pid": pid}), flush=True)
+
+
+def _status(pid: int, patience: float = 60) -> int:
+    """What a child ended with. One that hangs is ended."""
+    until = time.monotonic() + patience
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > until:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.001)
 
 
 def _child(request: dict) -> None:
@@ -141,7 +154,8 @@ def _child(request: dict) -> None:
     status = 70
     try:
         for name, descriptor in (("out", 1), ("err", 2)):
-            os.dup2(os.open(f"{request['said']}/{os.getpid()}.{name}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), descriptor)
+            said = open(f"{request['said']}/{os.getpid()}.{name}", "w")  # noqa: SIM115 (it ends with the process)
+            os.dup2(said.fileno(), descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         time.sleep(request.get("pause", 0))
         if "largest" in request:
@@ -261,13 +275,13 @@ def large(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[La
     folder = tmp_path_factory.mktemp("large")
     made = Large(grow(folder / "source", width=256, layers=14), {}, 0)
     times = []
-    for number in range(3):
+    for number in range(4):
         begun = time.monotonic()
         ended = forks.run(*made.request(folder / str(number)))
         times.append(time.monotonic() - begun)
         assert ended.status == 0, ended.err
     assert contents(folder / "0" / "model") == contents(folder / "1" / "model")
-    yield dataclasses.replace(made, whole=contents(folder / "0" / "model"), seconds=sorted(times)[1])
+    yield dataclasses.replace(made, whole=contents(folder / "0" / "model"), seconds=min(times))
     shutil.rmtree(folder)
 
 
@@ -328,20 +342,24 @@ def check_resumed(ended: Outcome, output: Path, whole: dict[str, bytes], stood: 
 
 def test_killed_at_any_moment_and_run_again_the_result_is_the_same_bytes(tmp_path: Path, forks: Forks, large: Large):
     """Fifty kills, alone and several in a row."""
-    moments = random.Random(0)
+    moments, longest = random.Random(0), 0.9 * large.seconds
     killed = found = attempt = 0
     while killed < 50:
         output = tmp_path / str(attempt)
         stood = False
-        for _ in range(1 if attempt % 3 else 4):
+        for _ in range(1 if attempt % 2 else 5):
             pid = forks.start(*large.request(output))
-            time.sleep(moments.uniform(0.1, 0.9) * large.seconds)
+            time.sleep(moments.uniform(0.02, longest))
             os.kill(pid, signal.SIGKILL)
             if forks.wait(pid).status == -signal.SIGKILL:
                 killed += 1
+            else:  # it was done before: this machine is faster now
+                longest *= 0.9
             if output.exists():
                 check_killed(output, large.whole)
             stood = (output / "model").exists()
+            if stood:
+                break
         done = len(noted(output))
         ended = forks.run(*large.request(output))
         found += bool(done) and f"going on with an interrupted run: {done} tensors" in ended.err
@@ -419,6 +437,28 @@ def test_what_a_kill_after_the_last_step_leaves_beside_the_model_can_be_cleared_
     assert {path.name for path in tmp_path.iterdir()} == {"model", "other"}
 
 
+@pytest.mark.xfail(reason="the process that writes the configuration outlives a killed run", strict=False)
+def test_nothing_of_a_killed_run_goes_on_writing(tmp_path: Path, forks: Forks):
+    """Where transformers is not loaded, another process writes the configuration, and the kill does not reach it."""
+    output = tmp_path / "output"
+    request = ("convert", OPT, "--output", output / "model")
+    begun = subprocess.Popen([sys.executable, "-m", "blip2nb.cli", *map(str, request)], stderr=subprocess.DEVNULL)
+    while not noted(output) and begun.poll() is None:
+        time.sleep(0.001)
+    others = psutil.Process(begun.pid).children()
+    for other in others:
+        other.suspend()  # so that it is still there when the next run ends
+    begun.kill()
+    begun.wait()
+    assert forks.run(*request, "--dtype", "bfloat16").status == 0
+    for other in others:
+        other.resume()
+    psutil.wait_procs(others, timeout=20)
+    assert {path.name for path in output.iterdir()} == {"model"}
+    assert check_model(output / "model", None) == []
+    assert json.loads((output / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 # -- resumed work is not trusted
 
 
@@ -461,6 +501,7 @@ DAMAGE: dict[str, Callable[[Path, list[dict]], object]] = {
     "a_shard_cut_short": lambda output, done: os.truncate(spot(output, done[0]["target"])[0], 100),
     "a_garbled_header": lambda output, done: overwrite(spot(output, done[0]["target"])[0], 0, bytes(64)),
     "a_torn_last_line": lambda output, done: cut_journal(output, -40),
+    "a_last_line_without_its_end": lambda output, done: cut_journal(output, -1),
     "a_last_line_of_zeros": lambda output, done: add_to_journal(output, bytes(300)),
     "half_a_line_more": lambda output, done: add_to_journal(output, b'{"target": "vision_mod'),
     "a_line_of_something_else": lambda output, done: add_to_journal(output, b"7\n"),
@@ -490,6 +531,9 @@ def test_what_an_interrupted_run_left_is_read_back_before_it_is_kept(
     done = noted(tmp_path)
     assert len(done) >= 20
     DAMAGE[damage](tmp_path, done)
+    if "line" in damage and "first" not in damage:  # what is noted from here on must be found again
+        ended_midway(forks, large.request(tmp_path), tmp_path, signal.SIGKILL, len(done) + 10)
+        assert len(noted(tmp_path)) > len(done) + 5
     ended = forks.run(*large.request(tmp_path))
     check_resumed(ended, tmp_path, large.whole, stood=False)
     anew = damage in ("a_torn_first_line", "an_empty_journal")
@@ -564,6 +608,44 @@ def test_stopping_it_again_and_again_does_no_harm(tmp_path: Path, forks: Forks, 
         shutil.rmtree(output)
 
 
+def work_that_is_interrupted(rounds: str) -> None:
+    """Many small jobs, again and again, while another process presses Ctrl-C, once a round and at any moment of it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    counters = mmap.mmap(-1, 16)  # the round that has begun, and the one that was interrupted
+    worker, moments, stopped = os.getpid(), random.Random(0), 0
+    if not os.fork():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in range(1, int(rounds) + 1):
+            while int.from_bytes(counters[:8]) < number:
+                if os.getppid() != worker:
+                    os._exit(0)
+            until = time.perf_counter() + moments.uniform(0, 0.004)
+            while time.perf_counter() < until:
+                pass
+            os.kill(worker, signal.SIGINT)
+            counters[8:] = number.to_bytes(8)
+        os._exit(0)
+    for number in range(1, int(rounds) + 1):
+        with contextlib.suppress(KeyboardInterrupt):  # it came before the jobs, or behind them
+            counters[:8] = number.to_bytes(8)
+            try:
+                at_once([lambda: None] * 300)
+            except KeyboardInterrupt:
+                stopped += 1
+            while int.from_bytes(counters[8:]) < number:
+                time.sleep(0.0001)
+            time.sleep(0.001)
+        while int.from_bytes(counters[8:]) < number:
+            time.sleep(0.0001)
+    print(stopped)
+
+
+def test_ctrl_c_never_makes_the_threads_wait_for_each_other(forks: Forks):
+    ended = forks.run("@work_that_is_interrupted", 400)
+    assert ended.status == 0, ended.err
+    assert int(ended.out) > 40, "it was hardly ever interrupted while it worked: this test would prove little"
+
+
 def test_ctrl_c_in_a_terminal_reaches_every_process_and_the_next_run_goes_on(
     tmp_path: Path, forks: Forks, large: Large
 ):
@@ -574,7 +656,7 @@ def test_ctrl_c_in_a_terminal_reaches_every_process_and_the_next_run_goes_on(
     while not noted(tmp_path) and time.monotonic() < until:
         time.sleep(0.001)
     os.killpg(begun.pid, signal.SIGINT)
-    _, said = begun.communicate()
+    _, said = begun.communicate(timeout=60)
     assert begun.returncode in (3, 130), said
     assert "Traceback" not in said
     assert {path.name for path in tmp_path.iterdir()} == {".model.partial"}
@@ -641,6 +723,17 @@ def test_a_disk_that_fills_up_meanwhile_is_said_and_nothing_is_left(
         assert forks.run(*request).status == 0
 
 
+def test_a_disk_that_fills_up_is_said_whichever_library_notices_first(tmp_path: Path, forks: Forks):
+    """The tokenizer is written by a library with errors of its own, while another thread takes room too."""
+    with disk(tmp_path / "disk", "size=80m") as place:
+        for pages in range(1, 13):
+            how = {"below": str(place), "fill_before": "tokenizer_config.json", "leave": pages * 4096}
+            full = forks.run("convert", OPT, "--output", place / "model", **how)
+            assert "The disk is full" in one_sentence(full)
+            assert [path.name for path in place.iterdir()] == ["filling"]
+            (place / "filling").unlink()
+
+
 def test_a_file_larger_than_the_system_allows_is_said_and_nothing_is_left(tmp_path: Path, forks: Forks):
     said = one_sentence(forks.run("convert", OPT, "--output", tmp_path / "runs" / "model", largest=600_000))
     assert "larger than may be written here. Use a smaller --max-shard-size" in said
@@ -699,7 +792,7 @@ def test_a_bit_flipped_anywhere_in_a_pth_is_refused_or_changes_nothing(
     refused = []
 
     @given(places, st.integers(0, 7))
-    @settings(max_examples=100)
+    @settings(max_examples=60)
     def flipped(at: int, bit: int) -> None:
         path.write_bytes(whole)
         flip(path, at, bit)
@@ -712,7 +805,7 @@ def test_a_bit_flipped_anywhere_in_a_pth_is_refused_or_changes_nothing(
             assert weights(run.model) == good
 
     flipped()
-    assert len(refused) > 20
+    assert len(refused) > 15
 
 
 def test_a_flipped_bit_in_what_several_tensors_are_cut_from_is_found(tmp_path: Path, source_copy: Copy):
@@ -765,7 +858,7 @@ def test_a_pth_that_was_saved_without_checksums_still_converts(
 
 
 def as_the_hub_keeps_it(language: Path) -> list[Path]:
-    """Put a language model's files into a cache of the hub's layout, large ones under their SHA-256, and point there."""
+    """Put a language model's files into a cache of the hub's layout, large ones under their SHA-256, and link it."""
     cache = language.with_name("models--google--flan-t5-xl")
     snapshots, blobs = cache / "snapshots" / ("0" * 40), cache / "blobs"
     snapshots.mkdir(parents=True)
@@ -905,12 +998,12 @@ PLAIN = st.one_of(
 @st.composite
 def checkpoints(draw: st.DrawFn, dtypes: list[torch.dtype]) -> dict:
     """Dicts in dicts of tensors, some of which share their storage, and of plain values."""
-    storages = []
+    storages, leaves = [], [PLAIN, st.just(torch.zeros(0, 3)[:, 1:])]
     for number in range(draw(st.integers(1, 3))):
         values = torch.randn(draw(st.integers(20, 40)), generator=torch.Generator().manual_seed(number)) * 50
         storages.append(values.abs().to(draw(st.sampled_from(dtypes))))
     names = st.text(st.characters(codec="utf-8"), max_size=5)
-    leaf = st.one_of(views(storages), views(storages), PLAIN)
+    leaf = st.one_of(views(storages), views(storages), *leaves)
     return draw(st.dictionaries(names, st.recursive(leaf, lambda inner: st.dictionaries(names, inner, max_size=3))))
 
 
@@ -1005,8 +1098,8 @@ FORMS: dict[str, Callable[[str, str, bytes], bytes]] = {
     + b"c%s\n%s\nub." % (module.encode(), name.encode()),
     "in_a_dict": lambda module, name, given: b"}(" + text("model") + b"}(" + text(NORM)
     + b"c%s\n%s\n(%stRuu." % (module.encode(), name.encode(), given),
-    "storage_class": lambda module, name, given: b"(" + text("storage") + b"c%s\n%s\n" % (module.encode(), name.encode())
-    + text("0") + text("cpu") + b"K\x01tQ.",
+    "storage_class": lambda module, name, given: b"(" + text("storage")
+    + b"c%s\n%s\n" % (module.encode(), name.encode()) + text("0") + text("cpu") + b"K\x01tQ.",
     "through_a_tensor": lambda module, name, given: b"ctorch._tensor\n_rebuild_from_type_v2\n(c%s\n%s\nN(%stNtR."
     % (module.encode(), name.encode(), given),
 }  # fmt: skip
