@@ -506,6 +506,10 @@ DAMAGE: dict[str, Callable[[Path, list[dict]], object]] = {
     "half_a_line_more": lambda output, done: add_to_journal(output, b'{"target": "vision_mod'),
     "a_line_of_something_else": lambda output, done: add_to_journal(output, b"7\n"),
     "a_torn_first_line": lambda output, done: cut_journal(output, 30),
+    "a_flipped_bit_in_what_the_journal_says": lambda output, done: flip(
+        output / ".model.partial" / JOURNAL,
+        (output / ".model.partial" / JOURNAL).read_bytes().index(done[2]["written"].encode()) + 20,
+    ),
     "an_empty_journal": lambda output, done: cut_journal(output, 0),
     "a_manifest_and_an_index_of_before": lambda output, done: [
         (output / ".model.partial" / name).write_text("{}") for name in ("blip2nb.json", "model.safetensors.index.json")

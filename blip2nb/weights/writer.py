@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 from filelock import FileLock, Timeout
 
 from blip2nb.errors import RequestError
@@ -273,7 +274,7 @@ class Unfinished:
     def note(self, **what: Any) -> None:
         """Note that something is done. From any thread."""
         with self._lock:
-            self._journal.write(json.dumps(what).encode() + b"\n")
+            self._journal.write(json.dumps({**what, "check": _check(what)}).encode() + b"\n")
             self._journal.flush()
 
     def close(self) -> None:
@@ -281,15 +282,19 @@ class Unfinished:
 
 
 def _whole_lines(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The lines up to the first that was not written to its end."""
+    """The lines up to the first that was not written to its end, or is not as it was written."""
     for line in lines:
         try:
             one = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
             return
-        if not isinstance(one, dict):
+        if not isinstance(one, dict) or one.pop("check", None) != _check(one):
             return
         yield one
+
+
+def _check(what: dict[str, Any]) -> str:
+    return blake3(json.dumps(what).encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
