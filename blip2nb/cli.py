@@ -61,7 +61,10 @@ def main() -> None:
     for noisy in ("httpx", "httpcore", "huggingface_hub", "papermill", "matplotlib", "fontTools"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        status = app(standalone_mode=False) or 0
+        if status == 130:  # how Typer ends when Ctrl-C is pressed
+            raise KeyboardInterrupt
+        sys.exit(status)
     except TyperException as error:
         said = error.format_message()  # type: ignore[attr-defined]
         if said:

@@ -333,11 +333,11 @@ def check_killed(output: Path, whole: dict[str, bytes]) -> None:
         assert contents(output / "model") == whole
 
 
-def check_resumed(ended: Outcome, output: Path, whole: dict[str, bytes], stood: bool) -> None:
+def check_resumed(ended: Outcome, output: Path, whole: dict[str, bytes]) -> None:
     assert ended.status == 0, ended.err
     assert contents(output / "model") == whole
     left = {path.name for path in output.iterdir()} - {"model", "run.json"}
-    assert left <= ({".model.lock"} if stood else set())  # a run that finds the model finished does not look further
+    assert left == set()
 
 
 def test_killed_at_any_moment_and_run_again_the_result_is_the_same_bytes(tmp_path: Path, forks: Forks, large: Large):
@@ -363,7 +363,7 @@ def test_killed_at_any_moment_and_run_again_the_result_is_the_same_bytes(tmp_pat
         done = len(noted(output))
         ended = forks.run(*large.request(output))
         found += bool(done) and f"going on with an interrupted run: {done} tensors" in ended.err
-        check_resumed(ended, output, large.whole, stood)
+        check_resumed(ended, output, large.whole)
         shutil.rmtree(output)
         attempt += 1
     assert found >= 5, "hardly any run found what the one before it had done: this test would prove little"
@@ -389,7 +389,7 @@ def test_killed_before_any_single_step_and_run_again_the_result_is_the_same_byte
         assert ended.status in (-signal.SIGKILL, 0)  # threads take their steps in another order each time
         check_killed(output, whole)
         stood = (output / "model").exists()
-        check_resumed(forks.run(*request, output / "model"), output, whole, stood)
+        check_resumed(forks.run(*request, output / "model"), output, whole)
         shutil.rmtree(output)
 
 
@@ -437,7 +437,6 @@ def test_what_a_kill_after_the_last_step_leaves_beside_the_model_can_be_cleared_
     assert {path.name for path in tmp_path.iterdir()} == {"model", "other"}
 
 
-@pytest.mark.xfail(reason="the process that writes the configuration outlives a killed run", strict=False)
 def test_nothing_of_a_killed_run_goes_on_writing(tmp_path: Path, forks: Forks):
     """Where transformers is not loaded, another process writes the configuration, and the kill does not reach it."""
     output = tmp_path / "output"
@@ -446,6 +445,7 @@ def test_nothing_of_a_killed_run_goes_on_writing(tmp_path: Path, forks: Forks):
     while not noted(output) and begun.poll() is None:
         time.sleep(0.001)
     others = psutil.Process(begun.pid).children()
+    assert others
     for other in others:
         other.suspend()  # so that it is still there when the next run ends
     begun.kill()
@@ -539,7 +539,7 @@ def test_what_an_interrupted_run_left_is_read_back_before_it_is_kept(
         ended_midway(forks, large.request(tmp_path), tmp_path, signal.SIGKILL, len(done) + 10)
         assert len(noted(tmp_path)) > len(done) + 5
     ended = forks.run(*large.request(tmp_path))
-    check_resumed(ended, tmp_path, large.whole, stood=False)
+    check_resumed(ended, tmp_path, large.whole)
     anew = damage in ("a_torn_first_line", "an_empty_journal")
     assert ("starting anew" in ended.err) == anew
     assert ("going on with an interrupted run" in ended.err) == (not anew)
@@ -550,7 +550,7 @@ def test_an_interrupted_run_of_something_else_is_not_gone_on_with(tmp_path: Path
     ended_midway(forks, other, tmp_path, signal.SIGKILL)
     ended = forks.run(*large.request(tmp_path))
     assert "starting anew" in ended.err
-    check_resumed(ended, tmp_path, large.whole, stood=False)
+    check_resumed(ended, tmp_path, large.whole)
 
 
 def test_a_source_that_changed_since_is_begun_anew(tmp_path: Path, forks: Forks, large: Large):
@@ -582,7 +582,7 @@ def test_a_stopped_run_is_kept_hidden_and_gone_on_with(tmp_path: Path, forks: Fo
     ended = ended_midway(forks, large.request(tmp_path), tmp_path, number)
     assert "Traceback" not in ended.err
     if number == signal.SIGINT:
-        assert ended.status in (3, 130)
+        assert ended.status == 3
         assert {path.name for path in tmp_path.iterdir()} == {".model.partial"}
     else:
         assert ended.status == -signal.SIGTERM
@@ -591,7 +591,7 @@ def test_a_stopped_run_is_kept_hidden_and_gone_on_with(tmp_path: Path, forks: Fo
     assert done >= 20
     ended = forks.run(*large.request(tmp_path))
     assert f"going on with an interrupted run: {done} tensors" in ended.err
-    check_resumed(ended, tmp_path, large.whole, stood=False)
+    check_resumed(ended, tmp_path, large.whole)
 
 
 def test_stopping_it_again_and_again_does_no_harm(tmp_path: Path, forks: Forks, large: Large):
@@ -608,7 +608,7 @@ def test_stopping_it_again_and_again_does_no_harm(tmp_path: Path, forks: Forks, 
         assert stopped.status or stood
         if output.exists():
             check_killed(output, large.whole)
-        check_resumed(forks.run(*large.request(output)), output, large.whole, stood)
+        check_resumed(forks.run(*large.request(output)), output, large.whole)
         shutil.rmtree(output)
 
 
@@ -661,12 +661,12 @@ def test_ctrl_c_in_a_terminal_reaches_every_process_and_the_next_run_goes_on(
         time.sleep(0.001)
     os.killpg(begun.pid, signal.SIGINT)
     _, said = begun.communicate(timeout=60)
-    assert begun.returncode in (3, 130), said
+    assert begun.returncode == 3, said
     assert "Traceback" not in said
     assert {path.name for path in tmp_path.iterdir()} == {".model.partial"}
     ended = forks.run(*large.request(tmp_path))
     assert "going on with an interrupted run" in ended.err
-    check_resumed(ended, tmp_path, large.whole, stood=False)
+    check_resumed(ended, tmp_path, large.whole)
 
 
 # -- disks

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def write_configuration(
     if "transformers" in sys.modules:
         _write(variant, text, language, folder, dtype)
         return
-    job = [dataclasses.asdict(variant), text, str(language), str(folder), dtype]
+    job = [dataclasses.asdict(variant), text, str(language), dtype]
     paths = [str(_PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", __name__],
@@ -60,17 +61,24 @@ def write_configuration(
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise (RequestError if done.returncode == RequestError.exit_status else RuntimeError)(said[-1])
+    for name, content in json.loads(done.stdout).items():
+        (folder / name).write_text(content, encoding="utf-8")
 
 
 def main() -> None:
-    """What the process does: the job comes on standard input, and what is wrong with it goes to standard error."""
+    """What the process does: the job comes on standard input, the files go to standard output as name -> content, what
+    is wrong to standard error. It writes nothing itself, since it may outlive a run that is killed."""
     sys.modules["torch"] = None  # type: ignore[assignment]  # as if it were not installed
-    variant, text, language, folder, dtype = json.load(sys.stdin)
-    try:
-        _write(variant_of(variant), text, Path(language), Path(folder), dtype)
-    except RequestError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        sys.exit(RequestError.exit_status)
+    variant, text, language, dtype = json.load(sys.stdin)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        try:
+            _write(variant_of(variant), text, Path(language), folder, dtype)
+        except RequestError as error:
+            print(" ".join(str(error).split()), file=sys.stderr)
+            sys.exit(RequestError.exit_status)
+        files = sorted(folder.iterdir())
+        json.dump({path.name: path.read_text(encoding="utf-8") for path in files}, sys.stdout)
 
 
 def _write(variant: Variant, text: dict[str, Any], language: Path, folder: Path, dtype: str) -> None:

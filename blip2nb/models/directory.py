@@ -30,7 +30,7 @@ from blip2nb.weights.convert import (
 )
 from blip2nb.weights.sources import Files, holds_weights
 from blip2nb.weights.stored import combine
-from blip2nb.weights.writer import JOURNAL, unfinished_directory
+from blip2nb.weights.writer import JOURNAL, clear_away, unfinished_directory
 
 log = logging.getLogger("blip2nb")
 
@@ -68,6 +68,7 @@ def holds_already(folder: Path, opened: Opened, recipe: dict[str, str], overwrit
             "Give this one its own run_name or --output, or replace it with overwrite."
         )
     if dict(held.recipe) == recipe and _whole(folder):
+        clear_away(folder)
         log.info("%s already holds this conversion of the same files; kept", folder)
         return True
     log.info("%s was made of the same weights otherwise, or lost a file; converting again", folder)
@@ -140,6 +141,8 @@ def write_model(folder: Path, opened: Opened, recipe: dict[str, str]) -> None:
         configure = partial(write_configuration, wanted, opened.text, opened.files.language, out.folder, loaded_as)
         shard_size = recipe["max_shard_size"]
         manifest = write_weights(work, tensors, out, dtype, shard_size, progress=bar.update, beside=configure)
+        if _stamps(opened.files) != stamps:
+            raise RequestError(f"The source of {folder} changed while it was read. Convert again when it is at rest.")
         beside = [path for path in sorted(out.folder.iterdir()) if path.name not in (*manifest.shards, JOURNAL)]
         configuration = {path.name: file_hash(path) for path in beside if path.is_file()}
         dataclasses.replace(manifest, files=tuple(stamps), recipe=recipe, configuration=configuration).write(out.folder)

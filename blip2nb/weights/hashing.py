@@ -23,7 +23,10 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 def tensor_bytes(tensor):
     """The tensor's bytes in row-major order, as a buffer that shares its memory where it can. CPU only."""
-    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+    plain = tensor.detach().contiguous().flatten()
+    if plain.numel() < 2:  # which may keep a stride of 0
+        plain = plain.clone(memory_format=torch.contiguous_format).reshape(plain.numel())
+    return memoryview(plain.view(torch.uint8).numpy())
 
 
 def digest(tensor):
