@@ -388,7 +388,6 @@ def test_killed_before_any_single_step_and_run_again_the_result_is_the_same_byte
         ended = forks.run(*request, output / "model", below=str(output), die_before=number)
         assert ended.status in (-signal.SIGKILL, 0)  # threads take their steps in another order each time
         check_killed(output, whole)
-        stood = (output / "model").exists()
         check_resumed(forks.run(*request, output / "model"), output, whole)
         shutil.rmtree(output)
 
