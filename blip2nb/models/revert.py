@@ -52,7 +52,8 @@ def revert_model(folder: Path, output: Path, part: str, overwrite: bool) -> Reve
     Raises:
         RequestError: the directory is no BLIP-2 captioner, lacks a tensor, or the file cannot be written.
     """
-    variant = _variant(folder)
+    manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
+    variant = manifest.model_variant if manifest is not None else _configured_variant(folder)
     if output.exists() and not overwrite:
         raise RequestError(f"{output} is there already. Name another --output, or replace it with --overwrite.")
     saved = open_folder(folder)
@@ -60,7 +61,7 @@ def revert_model(folder: Path, output: Path, part: str, overwrite: bool) -> Reve
     missing = [str(entry.target) for entry in wanted if entry.target not in saved]
     if missing:
         raise RequestError(f"{folder} lacks {len(missing)} tensors of {variant.name}, for one {missing[0]}.")
-    chosen = [entry for entry in wanted if part == "all" or _trained(folder, variant, entry)]
+    chosen = [entry for entry in wanted if part == "all" or _trained(manifest, variant, entry)]
     tensors: dict[str, Stored] = {}
     lost: dict[str, str] = {}
     for entry in chosen:
@@ -68,7 +69,8 @@ def revert_model(folder: Path, output: Path, part: str, overwrite: bool) -> Reve
         tensors |= back
         if why:
             lost[str(entry.target)] = why
-    lost |= {_target_of(wanted, name): f"{why}; written as it is" for name, why in _manifest_losses(folder).items()}
+    losses = manifest.no_way_back if manifest is not None else {}
+    lost |= {_target_of(wanted, name): f"{why}; written as it is" for name, why in losses.items()}
     size = sum(stored.nbytes for stored in tensors.values())
     if free_space(output) < size + 1_000_000:
         raise RequestError(
@@ -83,9 +85,7 @@ def revert_model(folder: Path, output: Path, part: str, overwrite: bool) -> Reve
     return Reverted(output, variant, part, len(tensors), lost)
 
 
-def _variant(folder: Path) -> Variant:
-    if (folder / MANIFEST).is_file():
-        return Manifest.read(folder).model_variant
+def _configured_variant(folder: Path) -> Variant:
     path = folder / "config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text())
@@ -94,11 +94,10 @@ def _variant(folder: Path) -> Variant:
     return from_config(config, path)
 
 
-def _trained(folder: Path, variant: Variant, entry: Entry) -> bool:
+def _trained(manifest: Manifest | None, variant: Variant, entry: Entry) -> bool:
     """Whether LAVIS's trainer would have saved it: what came from the checkpoints, as far as the manifest says; else
     all but vision tower and language model, which are frozen unless a training says otherwise."""
-    if (folder / MANIFEST).is_file():
-        manifest = Manifest.read(folder)
+    if manifest is not None:
         return manifest.origins[entry.sources[0]] in manifest.checkpoints
     frozen = () if variant.vision_in_checkpoint else ("visual_encoder.",)
     return not entry.sources[0].startswith((*frozen, f"{variant.language_prefix}."))
@@ -114,10 +113,6 @@ def _back(entry: Entry, saved: Source) -> tuple[dict[str, Stored], str]:
     query, key, value = (stored.rows(n * width, (n + 1) * width) for n in range(3))
     why = "a key bias, which LAVIS does not have and no output depends on: left out" if key.bits().any() else ""
     return dict(zip(entry.sources, (query, value), strict=True)), why
-
-
-def _manifest_losses(folder: Path) -> dict[str, str]:
-    return dict(Manifest.read(folder).no_way_back) if (folder / MANIFEST).is_file() else {}
 
 
 def _target_of(wanted: list[Entry], name: str) -> str:
