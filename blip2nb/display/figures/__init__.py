@@ -1,0 +1,1 @@
+"""A module for each figure, each with the same four functions: available, draw, alt_text, table."""

@@ -1,0 +1,138 @@
+"""F2, before and after: what the fix does to each stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from blip2nb.display.figures.axes import add_legend, add_title, draw_markers, legend_key, log_axis, on_axis
+from blip2nb.display.figures.style import FAULT, INK, MUTED, Arrays, Picture, Report, styled
+from blip2nb.display.figures.words import as_count, as_plain_times, as_times, to_floats
+from blip2nb.report import INFINITE
+
+_DRAWN_STAGES = 20
+
+
+_SMALLEST_MOVE = 0.1
+
+
+def available(report: Report, arrays: Arrays) -> bool:
+    return any(stage.get("fixed") for stage in report.get("stages") or [])
+
+
+@styled
+def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
+    """F2: error ÷ rounding as shipped and with the fix, for the stages that it moves by a tenth or more.
+
+    Args:
+        report: `stages` with `fixed`, and `threshold`.
+        arrays: not used.
+        width: inches.
+    """
+    moves, still = _moves(report["stages"])
+    drawn = sorted(sorted(moves, key=lambda move: -move.size)[:_DRAWN_STAGES], key=lambda move: move.place)
+    row = 0.24 if width >= 5 else 0.2
+    picture = Picture(width, 1.5 + row * max(len(drawn), 2), alt_text(report, arrays))
+    axes = picture.add_subplot()
+    add_title(picture, _moves_finding(moves))
+    values = np.array([[move.before, move.after] for move in drawn], dtype=float).reshape(-1, 2)
+    finite = values[(values > 0) & (values < INFINITE)]
+    decades = (-1.0, max(2.0, float(math.ceil(math.log10(max([*finite, 10 * report["threshold"]])) + 0.3))))
+    log_axis(axes, "x", decades, zero_row=bool((values == 0).any()), marks=[1, report["threshold"]])
+    axes.axvspan(report["threshold"], 10 ** (decades[1] + 0.5), color=FAULT, alpha=0.07, linewidth=0)
+    axes.axvline(1, color=MUTED, lw=0.8)
+    axes.axvline(report["threshold"], color=INK, lw=0.8, ls=(0, (4, 2)))
+    _dumbbells(axes, values, decades, report["threshold"])
+    axes.set_yticks(range(len(drawn)), [move.name for move in drawn])
+    axes.set_ylim(max(len(drawn), 1) - 0.4, -0.6)
+    axes.set_xlabel("error ÷ its own rounding")
+    keys = [(legend_key("D", FAULT), "as shipped"), (legend_key("o", INK), "with the fix")]
+    words = f"not drawn: {as_count(still, 'stage')} moved by less than 10 %"
+    if len(moves) > len(drawn):
+        words += f", {as_count(len(moves) - len(drawn), 'smaller move')}"
+    add_legend(picture, [*keys, (Line2D([], [], ls=""), words)], width)
+    return picture
+
+
+@dataclasses.dataclass(frozen=True)
+class _Move:
+    """One stage's excess before and after the fix."""
+
+    place: int
+    name: str
+    before: float
+    after: float
+
+    @property
+    def size(self) -> float:
+        """Decades. Anything to or from zero or NaN is more than any of them."""
+        if not (self.before > 0 and self.after > 0):
+            return math.inf
+        return abs(math.log10(self.before / self.after))
+
+
+def _moves(stages: Sequence[Mapping[str, Any]]) -> tuple[list[_Move], int]:
+    """The stages that the fix moves, and how many it leaves where they were."""
+    moves, still = [], 0
+    for place, stage in enumerate(stages):
+        before, after = to_floats([stage.get("excess"), (stage.get("fixed") or {}).get("excess")])
+        if stage.get("junction") or not stage.get("fixed"):
+            continue
+        alike = (math.isnan(before) and math.isnan(after)) or abs(after - before) <= _SMALLEST_MOVE * abs(before)
+        if alike:
+            still += 1
+        else:
+            moves.append(_Move(place, stage["name"], before, after))
+    return moves, still
+
+
+def _moves_finding(moves: list[_Move]) -> str:
+    if not moves:
+        return "The fix moves no stage"
+    most = max(moves, key=lambda move: move.size)
+    words = f"With the fix, {most.name} goes from {as_times(most.before)} to {as_times(most.after)} its own rounding"
+    return words if len(moves) == 1 else f"{words}; {as_count(len(moves) - 1, 'other stage')} moved"
+
+
+def _dumbbells(axes: Axes, values: np.ndarray, decades: tuple[float, float], threshold: float) -> None:
+    y = np.arange(len(values), dtype=float)
+    before, after = values[:, 0], values[:, 1]
+    shown = on_axis(values, decades)
+    axes.hlines(y, shown[:, 0], shown[:, 1], color=MUTED, lw=1.0)
+    size = 5.0 if matplotlib.rcParams["font.size"] > 8 else 4.0
+    for column, marker, what in ((before, "D", "as shipped"), (after, "o", "with the fix")):
+        for bad in (False, True):
+            where = (column > threshold) == bad
+            draw_markers(axes, y, column, where, marker, FAULT if bad else INK, size, decades, what, flip=True)
+    small = matplotlib.rcParams["xtick.labelsize"]
+    for place, (one, other) in enumerate(shown):
+        right = one >= other or math.isnan(other)
+        for x, number, outwards in ((one, before[place], right), (other, after[place], not right)):
+            if math.isnan(number):
+                axes.text(0.99, place, "NaN", transform=axes.get_yaxis_transform(), ha="right", va="center",
+                          size=small, weight="bold", color=FAULT)  # fmt: skip
+            else:
+                axes.annotate(as_plain_times(number), (x, place), (5 if outwards else -5, 0), va="center", size=small,
+                              textcoords="offset points", ha="left" if outwards else "right")  # fmt: skip
+
+
+def alt_text(report: Report, arrays: Arrays) -> str:
+    moves, still = _moves(report["stages"])
+    return f"{_moves_finding(moves)}. {as_count(still, 'stage')} moved by less than 10 %."
+
+
+def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+    """A row for each stage that the fix could move."""
+    stages = [stage for stage in report["stages"] if stage.get("fixed")]
+    return [
+        {"name": stage["name"], "excess": stage.get("excess"), "excess_fixed": stage["fixed"].get("excess")}
+        for stage in stages
+    ]
