@@ -284,6 +284,40 @@ def verify(
     return report
 
 
+def proven(
+    model: str = "",
+    source: str | Path = "",
+    *,
+    base: str | Path = "",
+    run_name: str = "",
+    output_dir: str | Path = "",
+    lavis_python: str | Path = "",
+) -> Run:
+    """A run that is converted and verified: made now, or the one that is there where it still holds.
+
+    What the notebooks start from. The model is kept where it is the same conversion, and so is the report, where it
+    was made of this model as it stands, by these versions, and with LAVIS's recording if there is one.
+
+    Args:
+        model, source, base, run_name, output_dir: as for `convert`.
+        lavis_python: as for `verify`.
+
+    Returns:
+        The run; `run.report` is what was found.
+
+    Raises:
+        RequestError: as `convert` and `verify` do.
+    """
+    from blip2nb.run import reference
+
+    run = convert(model, source, base=base, run_name=run_name, output_dir=output_dir)
+    if reference.report_holds(run, lavis_python):
+        log.info("the report of %s still holds; kept", run.folder.name)
+    else:
+        verify(run, source=source, base=base, lavis_python=lavis_python)
+    return run
+
+
 def check_proof(
     proof: str, model: str, source: str = "", run_name: str = "", output_dir: str = "", lavis_python: str = ""
 ) -> None:

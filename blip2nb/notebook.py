@@ -8,8 +8,10 @@ import ast
 import difflib
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
 import sys
+from typing import Any
 
 from blip2nb.errors import RequestError
 
@@ -56,6 +58,13 @@ def _show_messages() -> None:
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
         log.setLevel(logging.INFO)
+
+
+def show_source(thing: Any) -> Any:
+    """The source of a function, class or module of the package, for a notebook to show: the step as it is done."""
+    from IPython.display import Code
+
+    return Code(inspect.getsource(thing), language="python")
 
 
 def assigned(code: str) -> list[str]:

@@ -39,16 +39,27 @@ def stage_names(kind: str, vision: int, qformer: int, language: int) -> list[str
 JUNCTIONS = {"pixels", "language.inputs_embeds", "language.attention_mask", "language.decoder.input_ids"}
 
 
+def places_of(name: str) -> dict[str, str]:
+    """About where a stage is in either library."""
+    number = name.rsplit(".", 1)[-1].lstrip("0") or "0"
+    if name.startswith("vision.block"):
+        return {"reference": f"visual_encoder.blocks.{number}", "module": f"vision_model.encoder.layers.{number}"}
+    if name.startswith("qformer.layer"):
+        return {"reference": f"Qformer.bert.encoder.layer.{number}", "module": f"qformer.encoder.layer.{number}"}
+    return {"reference": f"lavis_model.{name}", "module": f"language_model.{name}"}
+
+
 def stage(name: str, rng: np.random.Generator, excess: float | None, drift: float) -> dict[str, Any]:
+    where = {"name": name, **places_of(name)}
     if name in JUNCTIONS:
         empty = dict.fromkeys(("local_error", "rounding", "excess", "fixed"))
-        return {"name": name, "junction": True, "arrival_error": 0.0, "drift": 0.0, "bit_equal": True, **empty}
+        return {**where, "junction": True, "arrival_error": 0.0, "drift": 0.0, "bit_equal": True, **empty}
     rounding = float(10 ** rng.normal(-6.8, 0.1))
     right = float(np.exp(rng.normal(0, 0.05)))
     values = {"drift": drift, "local_error": rounding * (excess or right), "rounding": rounding}
     values["excess"] = excess or right
     fixed = {**values, "local_error": rounding, "excess": right}
-    return {"name": name, "junction": False, "arrival_error": drift, "bit_equal": False, "fixed": fixed, **values}
+    return {**where, "junction": False, "arrival_error": drift, "bit_equal": False, "fixed": fixed, **values}
 
 
 def report(
@@ -78,11 +89,34 @@ def report(
         "logits": {"max_abs": 1e-4, "relative": 4e-6, "cosine": 1.0, "kl": 2e-10, "top1_agreement": 0.975},
         "captions": {
             "lavis": {"greedy": ours}, "huggingface": {"greedy": theirs}, "equal": not faults,
-            "modes": {"greedy": {"equal": [True] * 3}, "default": {"equal": [True, False, True]}}},
+            "modes": {"greedy": {"equal": [True] * 3}, "default": {"equal": [True, False, True]}},
+            "ladder": [{"lavis": steps(a), "transformers": steps(b, 1e-6)} for a, b in zip(ours, theirs, strict=True)]},
         "fusion": {"block": 0, "key_bias_effect": 1.3e-7, "query_bias_effect": 0.31},
+        "sequences": sequences(kind),
+        "examined": {"stage": (first or stages[8])["name"], "heads": 4, "channels": 48, "channel_step": 1},
+        "provenance": {
+            "weights_hash": "d726e8b8d6416a2c", "dtype": "auto", "prompt": "a photo of", "image_size": 224,
+            "language_model": "facebook/opt-2.7b", "checkpoints": ["blip2_pretrained_opt2.7b.pth"],
+            "files": [{"name": "eva_vit_g.pth", "bytes": 2_000_000_000}], "state": "0316b2de",
+            "reference": {"source_hash": "d726e8b8d6416a2c", "inputs_hash": "f1b493bd", "device": "cpu",
+                          "texts": {"text_input": ["a photo of"]}, "versions": {"torch": "2.14.1"}}},
         "top_tokens": [" cup", " plate", "\n", "中", "$x", "a$", " chair", "</s>", " tree", " https://example.org"],
     }  # fmt: skip
     return json.loads(json.dumps(value))
+
+
+def steps(caption: str, shift: float = 0.0) -> list[list[Any]]:
+    """A caption as a ladder of tokens; the third is nearly a tie."""
+    words = caption.split(" ")
+    return [[f" {word}", -0.3 - 0.1 * (n % 7) + shift, " other", -0.301 - 0.1 * n if n == 2 else -2.5 - 0.2 * (n % 5)]
+            for n, word in enumerate(words)]  # fmt: skip
+
+
+def sequences(kind: str) -> dict[str, list[str]]:
+    text = ["<image>"] * 4 + ["</s>", "a", " photo", " of", " $x$", " 中", "\n"]
+    return (
+        {"language": text} if kind == "opt" else {"language.encoder": text, "language.decoder": ["<pad>", "a", " boat"]}
+    )
 
 
 def all_zero() -> dict[str, Any]:
@@ -104,7 +138,8 @@ def with_nan() -> dict[str, Any]:
     return value
 
 
-def arrays(positions: int = 40, width: int = 24) -> dict[str, np.ndarray]:
+def arrays(positions: int = 40, width: int = 24, report: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
+    """Arrays as they lie beside a report, with those by stage for the report that is given."""
     rng = np.random.default_rng(1)
     top = np.sort(rng.normal(0, 2, (positions, 50)))[:, ::-1]
     default = np.zeros((3, 224, 224), np.int8)
@@ -119,6 +154,33 @@ def arrays(positions: int = 40, width: int = 24) -> dict[str, np.ndarray]:
         "fusion/query": query, "fusion/value": value, "fusion/fused": np.concatenate([query, 0 * query, value]),
     }  # fmt: skip
     values["logits/kl"][3] = values["logits/max_abs"][3] = 0
+    return values | (by_stage(report, rng) if report else {})
+
+
+def by_stage(report: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """What there is an array of for every stage, and the two sides of the one that was examined."""
+    stages = report["stages"]
+    sizes = np.array([[1.0, 0.01, 2.6, 9.0]]) * 10 ** np.cumsum(rng.normal(0.02, 0.06, (len(stages), 1)), axis=0)
+    for number, each in enumerate(stages):
+        if each["name"] in ("language.attention_mask", "language.decoder.input_ids"):
+            sizes[number] = np.nan
+    theirs = sizes * (1 + np.array([each.get("local_error") or 0.0 for each in stages])[:, None])
+    values = {"activations/lavis": sizes.astype(np.float32), "activations/transformers": theirs.astype(np.float32)}
+    sequences = report["sequences"]
+    for each in stages:
+        if each["junction"]:
+            continue
+        name, error = each["name"], each["local_error"]
+        counts = {"vision": 17, "qformer": 4, "projection": 4}
+        part = next((part for part in sequences if name.startswith(part)), list(sequences)[-1])
+        length = counts.get(name.split(".")[0], len(sequences[part]))
+        error = math.nan if error is None else error
+        values[f"tokens/{name}"] = (error * 10 ** rng.normal(0, 0.2, length)).astype(np.float32)
+    shape = (17, report["examined"]["channels"])
+    ours = rng.normal(0, 1, shape)
+    values["examined/lavis"] = ours.astype(np.float32)
+    off = 1e-3 * ours if report["first_divergence"] else 1e-7 * rng.normal(0, 1, shape)
+    values["examined/transformers"] = (ours + off).astype(np.float32)
     return values
 
 
@@ -136,12 +198,13 @@ REPORTS = {
     ),
     "full T5": report("t5", (39, 12, 24), {"language.decoder.block.22": 9000.0}),
 }
-ARRAYS = arrays()
+ARRAYS_OF = {name: arrays(report=value) for name, value in REPORTS.items()}
+ARRAYS = ARRAYS_OF["fault"]
 
 
 @functools.cache
 def drawn(name: str, case: str = "pass", width: float = 7.0) -> Figure:
-    picture = plots.FIGURES[name](REPORTS[case], ARRAYS, width)
+    picture = plots.FIGURES[name](REPORTS[case], ARRAYS_OF[case], width)
     picture.set_dpi(150)
     FigureCanvasAgg(picture).draw()
     return picture

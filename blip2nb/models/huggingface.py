@@ -67,17 +67,21 @@ def caption(loaded: Loaded, images: list[Image], prompt: str, **options: Any) ->
     """Caption images with `generate` and the processor's own output.
 
     Returns:
-        {"ids": one list per image, from the first new token to the end-of-sequence token, "text": one string per image}
+        {"ids": one list per image, from the first new token to the end-of-sequence token, "text": one string per
+        image}, and where one beam is followed "steps": one list per image, as `blip2nb.models.lavis.ladder` makes it.
     """
     import torch
 
-    from blip2nb.models.lavis import until
+    from blip2nb.models.lavis import ladder, until
 
     inputs = loaded.processor(images=images, text=[prompt] * len(images), return_tensors="pt").to(loaded.model.device)
     language = loaded.model.language_model
+    greedy = options.get("num_beams") == 1
     with torch.no_grad():
-        out = loaded.model.generate(**inputs, **options)
+        out = loaded.model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=greedy)
     start = 1 if language.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     end = language.config.eos_token_id
-    ids = [until(row[start:].tolist(), end) for row in out]
-    return {"ids": ids, "text": [one.strip() for one in loaded.processor.batch_decode(ids, skip_special_tokens=True)]}
+    ids = [until(row[start:].tolist(), end) for row in out.sequences]
+    texts = loaded.processor.batch_decode(ids, skip_special_tokens=True)
+    said: dict[str, list] = {"ids": ids, "text": [one.strip() for one in texts]}
+    return said | ({"steps": ladder(ids, out.logits)} if greedy else {})

@@ -173,7 +173,8 @@ def caption(model, pixels, **options):
     """LAVIS's `generate`, keeping the token ids that it decodes and throws away.
 
     Returns:
-        {"ids": one list per image, from the first new token to the end-of-sequence token, "text": one string per image}
+        {"ids": one list per image, from the first new token to the end-of-sequence token, "text": one string per
+        image}, and where one beam is followed "steps": one list per image, of `ladder`'s rows.
     """
     language = model.opt_model if hasattr(model, "opt_model") else model.t5_model
     kept = {}
@@ -184,11 +185,44 @@ def caption(model, pixels, **options):
         kept["start"] = arguments["input_ids"].shape[1] if "input_ids" in arguments else 1
         return kept["out"]
 
-    with mock.patch.object(language, "generate", keep):
+    scores = []  # what the model said of the next token, each time it was asked
+    head = language.lm_head.forward
+
+    def keep_scores(*arguments):
+        result = head(*arguments)
+        scores.append(result[:, -1].detach().float().cpu())
+        return result
+
+    with mock.patch.object(language, "generate", keep), mock.patch.object(language.lm_head, "forward", keep_scores):
         text = model.generate({"image": pixels}, **options)
     end = model.eos_token_id if hasattr(model, "eos_token_id") else language.config.eos_token_id
     ids = [until(row[kept["start"] :].tolist(), end) for row in kept["out"]]
-    return {"ids": ids, "text": [one.strip() for one in text]}
+    said = {"ids": ids, "text": [one.strip() for one in text]}
+    if options.get("num_beams") == 1:
+        said["steps"] = ladder(ids, scores)
+    return said
+
+
+def ladder(ids, scores):
+    """How sure a model was of each token of its greedy captions.
+
+    Args:
+        ids: one list of token ids per caption.
+        scores: one tensor per step, of shape (captions, vocabulary): the logits that the step's token was taken from.
+
+    Returns:
+        One list per caption of [token, its log-probability, the likeliest other token, its log-probability], in nats.
+    """
+    steps = [[] for _ in ids]  # type: list
+    for place, logits in enumerate(scores):
+        probabilities = logits.double().log_softmax(-1)
+        for row, said in enumerate(ids):
+            if place < len(said):
+                first, second = probabilities[row].topk(2).indices.tolist()
+                other = second if first == said[place] else first
+                pair = [probabilities[row, token].item() for token in (said[place], other)]
+                steps[row].append([said[place], pair[0], other, pair[1]])
+    return steps
 
 
 def until(ids, end):

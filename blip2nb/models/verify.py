@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,12 +15,12 @@ import numpy as np
 import torch
 
 from blip2nb.errors import RequestError
-from blip2nb.models import configuration, huggingface
+from blip2nb.models import evidence, huggingface
 from blip2nb.models.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
 from blip2nb.report import Report
 from blip2nb.trace.comparison import ARRIVAL_TOLERANCE, Comparison, StageResult, compare, exceeds, faulty
 from blip2nb.trace.diagnose import AttributeDifference, attribute_differences, repaired
-from blip2nb.trace.metrics import compare_logits, kl_per_position
+from blip2nb.trace.metrics import compare_logits
 from blip2nb.variants import Variant
 from blip2nb.weights import hashing, stored
 from blip2nb.weights.convert import LOSSY, Manifest, inverse_tensors
@@ -28,6 +30,7 @@ from blip2nb.weights.sources import open_folder, shapes
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from blip2nb.trace.stage import Stage
     from blip2nb.trace.tape import Tape
 
 Progress = Callable[[str], None]
@@ -70,7 +73,8 @@ def verify(folder: Path, tape: Tape | None, completion: str = "", progress: Prog
         "known_differences": [],
         "first_divergence": None,
         "captions": None,
-        "versions": {"converted with": dict(manifest.versions), "checked with": _versions()},
+        "versions": {"converted with": dict(manifest.versions), "checked with": versions()},
+        "provenance": _provenance(folder, manifest, tape),
     }
     arrays: dict[str, np.ndarray] = {}
     if tape is None:
@@ -116,6 +120,7 @@ def prove_weights(folder: Path, manifest: Manifest, model: Variant, tape: Tape |
         "weights_hash": manifest.weights_hash,
         "dtype": manifest.dtype,
         "bytes_by_kind": {name: dict(kinds) for name, kinds in manifest.bytes_by_kind.items()},
+        "names": evidence.names(manifest),
     }
 
 
@@ -185,7 +190,7 @@ def _prove_behaviour(
     loaded = huggingface.load(folder)
     images = tape_images(tape)
     inputs = huggingface.forward_inputs(loaded, model, images[0], tape.metadata["texts"])
-    content["pixel_values"] = _pixels(folder, tape, inputs["pixel_values"], images[0], arrays)
+    content["pixel_values"], shown = evidence.pixels(folder, tape, inputs["pixel_values"], images[0])
     table = stages(model)
     say("stages")
     shipped = compare(tape, loaded.model, table, inputs, progress=say)
@@ -198,7 +203,7 @@ def _prove_behaviour(
     captions = _captions(loaded, tape, images)
     expected = tape[table[-1].reference]
     content["threshold"] = shipped.threshold
-    content["stages"] = [_stage(number, shipped, fixed) for number in range(len(table))]
+    content["stages"] = [_stage(stage, number, shipped, fixed) for number, stage in enumerate(table)]
     content["logits"] = compare_logits(shipped.outputs["logits"], expected)
     if fixed is not None:
         content["logits"]["fixed"] = compare_logits(fixed.outputs["logits"], expected)
@@ -207,10 +212,14 @@ def _prove_behaviour(
     content["known_differences"] += _beam_search(tape, captions)
     content["attribute_differences"] = [str(one) for one in unknown]
     content["first_divergence"] = _first_divergence(shipped, unknown, content)
-    content["fusion"] = _fusion(loaded.model, tape, arrays)
-    _logits_arrays(loaded, shipped.outputs["logits"], expected, content, arrays)
-    for name, errors in shipped.token_errors.items():
-        arrays[f"tokens/{name}"] = errors.numpy()
+    content["fusion"], biases = evidence.fusion(loaded.model, tape)
+    content["sequences"] = evidence.sequences(loaded, model, tape, inputs)
+    content["examined"], looked_at = evidence.examined(shipped, table, tape, model, content["first_divergence"])
+    said = evidence.logits(shipped.outputs["logits"], expected)
+    likeliest = said["logits/top_ids"][-1, :10].tolist() if said else []
+    content["top_tokens"] = [loaded.processor.tokenizer.decode([token]) for token in likeliest]
+    arrays |= shown | biases | looked_at | said | evidence.token_errors(shipped)
+    arrays |= evidence.activations(table, shipped.outputs, tape)
 
 
 def tape_images(tape: Tape) -> list[Image]:
@@ -221,31 +230,6 @@ def tape_images(tape: Tape) -> list[Image]:
         (name for name in tape.names() if name.startswith("image.")), key=lambda name: int(name.split(".")[1])
     )
     return [PIL.open(io.BytesIO(tape[name].numpy().tobytes())).convert("RGB") for name in names]
-
-
-def _pixels(folder: Path, tape: Tape, pil: torch.Tensor, image: Image, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The PIL processor's pixels, which must be LAVIS's, and the default one's, whose difference is shown."""
-    from transformers import AutoProcessor
-
-    expected = tape["pixel_values"]
-    default = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    other = default.image_processor(images=[image], return_tensors="pt")["pixel_values"]
-    std = torch.tensor(configuration.IMAGE_STD).view(3, 1, 1)
-    mean = torch.tensor(configuration.IMAGE_MEAN).view(3, 1, 1)
-    levels = {name: ((expected - value)[0] * std * 255).round() for name, value in (("pil", pil), ("default", other))}
-    for name, value in levels.items():
-        arrays[f"pixels/{name}"] = value.clamp(-127, 127).to(torch.int8).numpy()
-    arrays["pixels/image"] = ((expected[0] * std + mean) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy().copy()
-    return {
-        "max_abs": (pil - expected).abs().max().item(),
-        "equal": torch.equal(pil, expected),
-        "default": {
-            "processor": type(default.image_processor).__name__,
-            "max_abs": (other - expected).abs().max().item(),
-            "share": (levels["default"] != 0).double().mean().item(),
-            "grey_levels": int(levels["default"].abs().max()),
-        },
-    }
 
 
 def _differences(
@@ -266,21 +250,24 @@ def _differences(
 def _captions(loaded: huggingface.Loaded, tape: Tape, images: Sequence[Image]) -> dict[str, Any]:
     """Caption every image in every mode and compare token ids with LAVIS's."""
     out: dict[str, Any] = {"prompt": tape.metadata["prompt"], "lavis": {}, "huggingface": {}, "modes": {}}
+    steps: list[list] = []
     for mode, options in CAPTION_MODES.items():
         theirs = tape.metadata["captions"][mode]
         ours = huggingface.caption(loaded, list(images), tape.metadata["prompt"], max_new_tokens=30, **options)
+        steps = ours.get("steps", steps)
         out["lavis"][mode], out["huggingface"][mode] = theirs["text"], ours["text"]
         out["modes"][mode] = {
             "equal": [a == b for a, b in zip(ours["ids"], theirs["ids"], strict=True)],
             "lavis_ids": theirs["ids"],
             "huggingface_ids": ours["ids"],
         }
+    out["ladder"] = evidence.ladder(loaded, tape.metadata["captions"]["greedy"]["steps"], steps)
     out["equal"] = all(all(out["modes"][mode]["equal"]) for mode in ("greedy", "beams"))
     return out
 
 
-def _stage(number: int, shipped: Comparison, fixed: Comparison | None) -> dict[str, Any]:
-    stage = dataclasses.asdict(shipped.stages[number])
+def _stage(place: Stage, number: int, shipped: Comparison, fixed: Comparison | None) -> dict[str, Any]:
+    stage = {**dataclasses.asdict(shipped.stages[number]), "reference": place.reference}
     after = fixed.stages[number] if fixed is not None else None
     names = ("arrival_error", "drift", "local_error", "rounding", "excess")
     stage["fixed"] = {name: getattr(after, name) for name in names} if after is not None else None
@@ -374,50 +361,6 @@ def _where_to_look(stage: StageResult) -> str:
     return "its weights and plain attributes are LAVIS's, so look at what it computes (activation, scale, mask)"
 
 
-def _fusion(candidate: torch.nn.Module, tape: Tape, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """What a key bias does to block 0's attention, and, for contrast, what a query bias of the same size does."""
-    block = candidate.get_submodule("vision_model.encoder.layers.0")
-    bias = block.self_attn.qkv.bias
-    width = len(bias) // 3
-    arrays |= {
-        "fusion/query": bias[:width].detach().numpy().copy(),
-        "fusion/value": bias[2 * width :].detach().numpy().copy(),
-        "fusion/fused": bias.detach().numpy().copy(),
-    }
-    effects = {}
-    with torch.no_grad():
-        x = block.layer_norm1(tape["visual_encoder.blocks.0:x"])
-        plain = block.self_attn(x)[0]
-        noise = torch.randn(width, generator=torch.Generator().manual_seed(0)) * bias[:width].std()
-        for name, rows in (("key", slice(width, 2 * width)), ("query", slice(0, width))):
-            bias[rows] += noise
-            effects[f"{name}_bias_effect"] = ((block.self_attn(x)[0] - plain).norm() / plain.norm()).item()
-            bias[rows] -= noise
-        bias.copy_(torch.from_numpy(arrays["fusion/fused"]))  # adding and taking away may round
-    return {"block": 0, **effects}
-
-
-def _logits_arrays(
-    loaded: huggingface.Loaded,
-    found: torch.Tensor,
-    expected: torch.Tensor,
-    content: dict[str, Any],
-    arrays: dict[str, np.ndarray],
-) -> None:
-    if found.shape != expected.shape:
-        return
-    top = expected[0].topk(min(50, expected.shape[-1]), dim=-1)
-    arrays |= {
-        "logits/kl": kl_per_position(found[:1], expected[:1]).numpy(),
-        "logits/max_abs": (found - expected)[0].abs().amax(-1).numpy(),
-        "logits/margin": (top.values[:, 0] - top.values[:, 1]).numpy().copy(),
-        "logits/top_ids": top.indices.numpy().copy(),
-        "logits/top_lavis": top.values.numpy().copy(),
-        "logits/top_huggingface": found[0].gather(-1, top.indices).numpy(),
-    }
-    content["top_tokens"] = [loaded.processor.tokenizer.decode([token]) for token in top.indices[-1, :10].tolist()]
-
-
 # -- the verdict
 
 
@@ -476,9 +419,45 @@ def _faulty(stage: Mapping[str, Any], threshold: float) -> bool:
     return faulty(stage["arrival_error"], stage["excess"], threshold)
 
 
-def _versions() -> dict[str, str]:
+# -- what it was made of
+
+
+def _provenance(folder: Path, manifest: Manifest, tape: Tape | None) -> dict[str, Any]:
+    """What was compared with what. Names and hashes only: a report travels, and paths of this machine do not."""
+    model = manifest.model_variant
+    return {
+        "state": state(folder),
+        "files": [{"name": one["name"], "bytes": one["size"]} for one in manifest.files],
+        "checkpoints": list(manifest.checkpoints),
+        "weights_hash": manifest.weights_hash,
+        "dtype": manifest.dtype,
+        "prompt": model.prompt,
+        "image_size": model.image_size,
+        "language_model": model.language_model,
+        "reference": None if tape is None else {
+            name: tape.metadata[name] for name in ("source_hash", "inputs_hash", "device", "texts", "versions")
+        },
+    }  # fmt: skip
+
+
+def state(folder: Path) -> str:
+    """What tells at a glance that a converted directory is as it was: its files' names, sizes and times of change."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    text = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What compares."""
     import platform
 
     import transformers
 
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    from blip2nb import __version__
+
+    return {
+        "blip2nb": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

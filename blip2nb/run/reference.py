@@ -111,6 +111,23 @@ def require_lavis(lavis_python: str | Path, model: Variant) -> kernels.Lavis:
     return lavis
 
 
+def report_holds(run: Run, lavis_python: str | Path = "") -> bool:
+    """Whether the run's report is of its model as it stands, by these versions, and as complete as it can be here."""
+    from blip2nb.models.verify import state, versions
+
+    if not (run.folder / "report.json").is_file():
+        return False
+    report, manifest = run.report.content, Manifest.read(run.model)
+    same = (report.get("provenance") or {}).get("state") == state(run.model)
+    if not same or report["versions"].get("checked with") != versions():
+        return False
+    return (
+        report["proof"] == "both"
+        or not can_compare("auto", manifest)
+        or (find_tape(run, manifest) is None and kernels.find_lavis(lavis_python) is None)
+    )
+
+
 def completion(run: Run, manifest: Manifest, source: str | Path, base: str | Path = "") -> str:
     """The commands that add the second proof to a run that has only the first; none where it was cast."""
     if manifest.dtype in LOSSY:

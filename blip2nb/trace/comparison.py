@@ -68,11 +68,13 @@ class Comparison:
 
     Attributes:
         outputs: the candidate's undisturbed output per stage.
+        local_outputs: its output per stage when fed the reference's inputs.
         token_errors: stage -> local error per position, for outputs of shape (batch, positions, channels).
     """
 
     stages: tuple[StageResult, ...]
     outputs: Mapping[str, torch.Tensor]
+    local_outputs: Mapping[str, torch.Tensor]
     token_errors: Mapping[str, torch.Tensor]
     threshold: float = THRESHOLD
 
@@ -138,7 +140,7 @@ def compare(
         arrival = forcing.arrival.get(stage.name)
         results.append(StageResult(stage.name, stage.module, stage.is_junction, arrival, drift, **local))
     by_name = {stage.name: outputs[stage.candidate] for stage in stages if stage.candidate in outputs}
-    return Comparison(tuple(results), by_name, forcing.token_errors)
+    return Comparison(tuple(results), by_name, forcing.local_outputs, forcing.token_errors)
 
 
 def exceeds(value: float | None, limit: float) -> bool:
@@ -188,6 +190,7 @@ class _Forcing:
         self.candidate, self.stages, self.recorded, self.progress = candidate, stages, recorded, progress
         self.arrival: dict[str, float] = {}
         self.local: dict[str, dict[str, Any]] = {}
+        self.local_outputs: dict[str, torch.Tensor] = {}
         self.token_errors: dict[str, torch.Tensor] = {}
         self._seen: set[str] = set()
         self._seen_by_referee: set[str] | None = None  # a set while a float64 copy runs
@@ -264,6 +267,7 @@ class _Forcing:
         found: torch.Tensor,
         expected: torch.Tensor,
     ) -> None:
+        self.local_outputs[stage.name] = found.detach()
         if found.shape != expected.shape:
             self.local[stage.name] = {
                 "local_error": math.inf,

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-FORMAT = 1
+FORMAT = 2
 
 
 def split_place(place):
