@@ -5,8 +5,16 @@ OLD_PYTHON ?= $(PYTHON)
 BIN := .venv/bin
 LAVIS_BIN := .venv-lavis/bin
 MODEL ?= tiny-blip2-opt-2.7b
+BOOK := docs/_build
 
-.PHONY: help demo test extended lint lab setup lavis twins tapes picture bench clean
+# How a notebook goes into git: without outputs, and without what Jupyter, papermill and widgets note down while it runs.
+STRIP := -m nbstripout --keep-id --drop-tagged-cells injected-parameters --extra-keys "metadata.papermill \
+	cell.metadata.papermill metadata.language_info.codemirror_mode metadata.language_info.file_extension \
+	metadata.language_info.mimetype metadata.language_info.nbconvert_exporter \
+	metadata.language_info.pygments_lexer metadata.language_info.version"
+
+.PHONY: help demo test extended lint lab setup lavis twins tapes picture docs strip bench clean
+.NOTPARALLEL:  # two notebooks at once would write to one run
 
 help:  ## what can be made
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -27,6 +35,7 @@ extended: .venv/dev.done .transformers4/installed.done  ## the converted directo
 lint: .venv/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 lab: setup  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/convert.ipynb
@@ -47,11 +56,19 @@ tapes: setup lavis  ## record the twins' reference recordings again, with LAVIS 
 picture: demo  ## the picture in the README
 	cp outputs/$(MODEL)/figures/depth_trace.png docs/depth_trace.png
 
+docs: $(patsubst %,$(BOOK)/source/%,$(wildcard notebooks/*.ipynb))  ## run every notebook and bind them as a book to read offline
+	@$(BIN)/python -m sphinx -q -W --keep-going -c docs $(BOOK)/source $(BOOK)/html
+	@echo "  book      $(BOOK)/html/index.html"
+
+strip: .venv/dev.done  ## take the outputs off the notebooks, as git does on `git add`
+	@for notebook in notebooks/*.ipynb; do \
+		$(BIN)/python $(STRIP) -t $$notebook > $$notebook.stripped && mv $$notebook.stripped $$notebook || exit 1; done
+
 bench: setup  ## what conversions cost at full size: an hour, 51 GB of disk, and a machine with nothing else to do
 	$(BIN)/python -m benchmarks.convert --size all --in-memory --cast bfloat16 --costs
 
-clean:  ## remove the environments and everything in outputs/
-	rm -rf .venv .venv-lavis .transformers4 $(filter-out outputs/README.md,$(wildcard outputs/*))
+clean:  ## remove the environments, the book and everything in outputs/
+	rm -rf .venv .venv-lavis .transformers4 $(BOOK) $(filter-out outputs/README.md,$(wildcard outputs/*))
 
 .venv/main.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed, found ' + sys.version.split()[0] + '. Say which with: make PYTHON=python3.11')"
@@ -61,8 +78,23 @@ clean:  ## remove the environments and everything in outputs/
 	@touch $@
 
 .venv/dev.done: .venv/main.done
-	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs]'
+	@# the filter that .gitattributes names. It is not required: without .venv git says so and takes notebooks as they are
+	@test ! -e .git || { git config filter.nbstripout.clean '$(BIN)/python $(STRIP)' && \
+		git config filter.nbstripout.smudge cat && git config filter.nbstripout.required false; } || \
+		echo "git would not take the filter for notebooks: strip them with 'make strip' before committing."
 	@touch $@
+
+# lavis.ipynb is run once its kernel is there, and again when the kernel is made; until then it is shown as it is.
+$(BOOK)/source/notebooks/lavis.ipynb: $(wildcard .venv-lavis/lavis.done)
+$(BOOK)/source/notebooks/%.ipynb: notebooks/%.ipynb $(shell find blip2nb -name '*.py') | .venv/dev.done
+	@mkdir -p $(@D)
+	@if [ $* = lavis ] && ! $(BIN)/jupyter kernelspec list 2>/dev/null | grep -q '^ *lavis '; then cp $< $@; else \
+		echo "  running   $<"; \
+		$(BIN)/papermill $< $(BOOK)/$*.ipynb -p output_dir $(abspath $(BOOK))/outputs --no-progress-bar --log-level ERROR \
+			|| { echo "$< failed; as far as it came it is in $(BOOK)/$*.ipynb" >&2; exit 1; }; \
+		$(BIN)/python -m nbstripout --keep-id --keep-count --keep-output --drop-tagged-cells injected-parameters \
+			$(BOOK)/$*.ipynb && mv $(BOOK)/$*.ipynb $@; fi
 
 .venv-lavis/lavis.done: requirements-lavis.txt constraints-lavis.txt .venv/main.done
 	@$(OLD_PYTHON) -c "import sys; (3, 8) <= sys.version_info < (3, 12) or sys.exit('LAVIS needs Python 3.8 to 3.11, found ' + sys.version.split()[0] + '. Say which with: make lavis OLD_PYTHON=python3.11')"
