@@ -11,6 +11,8 @@ from blip2nb.errors import RequestError
 from blip2nb.report import Report
 
 if TYPE_CHECKING:
+    from blip2nb.run.workbench import Sides
+    from blip2nb.trace.step import Step
     from blip2nb.trace.tape import Tape
 
 _PROOF = "-proof"  # what the folder beside a model with a name of its own has behind that
@@ -79,6 +81,48 @@ class Run:
         from blip2nb.trace.tape import Tape  # which needs torch
 
         return Tape(self.tape_path)
+
+    def tensor(self, stage: str, fed: str = "own") -> Sides:
+        """Both models' values at a stage, as arrays: `lavis, transformers = run.tensor("vision.block.02")`.
+
+        Args:
+            stage: its name, as in the report and the figures.
+            fed: "own" for what transformers' stage gives as the model runs, "lavis" for what it gives when it is fed
+                exactly what LAVIS's stage was fed.
+
+        Returns:
+            `Sides`, with `.lavis`, `.transformers`, `.difference` and `.error`. The first call runs the model and
+            keeps what it found in the run's folder.
+
+        Raises:
+            RequestError: there is no such stage, no converted model, or no recording of LAVIS.
+        """
+        from blip2nb.run import workbench
+
+        return workbench.tensor(self, stage, fed)
+
+    def step(self, stage: str, lavis_python: str | Path = "") -> Step:
+        """Stand at a stage with both models live: `step = run.step("vision.post_layernorm")`, then `step()` runs both
+        on the same inputs; `step.candidate` is transformers' module and `step.reference` LAVIS's, each with the inputs
+        it is called with, ready to be changed and run again.
+
+        Args:
+            stage: its name.
+            lavis_python: the python of an environment with LAVIS, where it is not the one that is found by itself.
+                Where there is none, the recording stands in for LAVIS.
+
+        Raises:
+            RequestError: there is no such stage, or nothing is computed there.
+        """
+        from blip2nb.run import workbench
+
+        return workbench.step(self, stage, lavis_python)
+
+    def release(self) -> None:
+        """Let go of the models that `tensor` and `step` hold in memory, and with them of every change made to them."""
+        from blip2nb.run import workbench
+
+        workbench.release(self)
 
     def left(self) -> dict[str, Path]:
         """What the run has left on disk, by a word for it."""

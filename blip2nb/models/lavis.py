@@ -26,11 +26,11 @@ from unittest import mock
 import torch
 
 try:
-    from blip2nb.trace.tape import attributes, recording, save_tape
+    from blip2nb.trace.tape import attributes, first_call, recording, save_tape
     from blip2nb.weights.hashing import combine, digest, digest_as
 except ImportError:  # copied to where LAVIS is
     from hashing import combine, digest, digest_as  # type: ignore[no-redef]
-    from tape import attributes, recording, save_tape  # type: ignore[no-redef]
+    from tape import attributes, first_call, recording, save_tape  # type: ignore[no-redef]
 
 log = logging.getLogger("blip2nb.lavis")
 
@@ -109,6 +109,19 @@ def run(model, digests, request, progress=None):
     save_tape(request["output"], recorded, metadata)
     say("wrote {}".format(request["output"]))
     return metadata
+
+
+def enter(model, request, path):
+    """Run LAVIS's forward on the request's first image up to one of its modules, and stop there.
+
+    Returns:
+        The module, and the arguments it is called with by name.
+    """
+    pixels = _eval_processor(request)(_open_image(request["images"][0]))[None]
+    module = model.get_submodule(path)
+    with torch.no_grad(), _plain_float32(model), first_call(module) as given:
+        model(dict(request["texts"], image=pixels))
+    return module, given
 
 
 def read_request(path):

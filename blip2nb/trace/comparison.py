@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from blip2nb.trace.metrics import distance
+from blip2nb.trace.metrics import distance, judge
 from blip2nb.trace.stage import Stage, places
 from blip2nb.trace.tape import Tape, first_tensor, recording, split_place
 
@@ -123,13 +123,13 @@ def compare(
     for model in (reference, candidate):
         if isinstance(model, torch.nn.Module) and model.training:
             raise ValueError("The models should be in eval mode, found one in training mode. Call .eval() on it.")
-    recorded = _recorded(reference, stages, inputs if reference_inputs is None else reference_inputs)
+    recorded = record(reference, stages, inputs if reference_inputs is None else reference_inputs)
     with torch.no_grad():
         with recording(candidate, [stage.candidate for stage in stages]) as outputs:
-            _call(candidate, inputs)
+            call(candidate, inputs)
         forcing = _Forcing(candidate, stages, recorded, progress)
         with forcing.hooks():
-            _call(candidate, inputs)
+            call(candidate, inputs)
     results = []
     for stage in stages:
         if not stage.is_junction and stage.name not in forcing.local:
@@ -153,18 +153,24 @@ def faulty(arrival_error: float | None, excess: float | None, threshold: float =
     return exceeds(arrival_error, ARRIVAL_TOLERANCE) or exceeds(excess, threshold)
 
 
-def _call(model: torch.nn.Module, inputs: Inputs) -> Any:
+def call(model: torch.nn.Module, inputs: Inputs) -> Any:
+    """Call a model with keyword arguments, positional ones, or one tensor."""
     if isinstance(inputs, torch.Tensor):
         return model(inputs)
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
-def _recorded(
+def record(
     reference: torch.nn.Module | Tape | Mapping[str, torch.Tensor], stages: Sequence[Stage], inputs: Inputs
 ) -> Tape | Mapping[str, torch.Tensor]:
+    """The reference's values at every place that the stages name: a recording as it is, a module's by running it.
+
+    Raises:
+        ValueError: it holds nothing for a place.
+    """
     if isinstance(reference, torch.nn.Module):
         with torch.no_grad(), recording(reference, places(stages)) as recorded:
-            _call(reference, inputs)
+            call(reference, inputs)
     else:
         recorded = reference
     missing = [place for place in places(stages) if place not in recorded]
@@ -276,36 +282,25 @@ class _Forcing:
                 "bit_equal": False,
             }
             return
-        exact = self._referee(module, args, kwargs)
-        local_error = distance(found, expected)
-        size = expected.double().norm().item() or 1.0
-        rounding = (found.cpu().double() - exact).norm().item() / size
-        theirs = (expected.double() - exact).norm().item() / size
-        if local_error == 0:
-            excess = 1.0
-        elif rounding == 0:
-            excess = math.inf
-        else:
-            excess = theirs / rounding
-        self.local[stage.name] = {
-            "local_error": local_error,
-            "rounding": rounding,
-            "excess": excess,
-            "bit_equal": local_error == 0,
-        }
+        self.local[stage.name] = judge(found, expected, self._referee(module, args, kwargs))
         if expected.dim() == 3:
             error = (found.cpu().double() - expected.double()).norm(dim=-1)
             self.token_errors[stage.name] = (error / expected.double().norm(dim=-1).clamp_min(1e-300)).float()
 
     def _referee(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
         """The module's output on the same inputs, computed in float64."""
-        exact = copy.deepcopy(module).double()
         self._seen_by_referee = set()
         try:
-            # .forward and not the call: the copy's own hooks would measure it again; those inside it must still act
-            return first_tensor(exact.forward(*_double(args), **_double(kwargs))).cpu().double()
+            return in_float64(module, args, kwargs)
         finally:
             self._seen_by_referee = None
+
+
+def in_float64(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """A module's main output on these arguments, computed in float64 by a copy of it; on the CPU."""
+    exact = copy.deepcopy(module).double()
+    # .forward and not the call: the copy's own hooks would measure it again; those inside it must still act
+    return first_tensor(exact.forward(*_double(args), **_double(dict(kwargs)))).cpu().double()
 
 
 def _double(value: Any) -> Any:

@@ -23,6 +23,27 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return error / size if size else math.inf
 
 
+def judge(found: torch.Tensor, expected: torch.Tensor, exact: torch.Tensor) -> dict[str, float | bool]:
+    """Whether a distance is rounding, by the float64 referee.
+
+    Args:
+        found, expected: the candidate's and the reference's output, of one shape.
+        exact: the candidate's computation in float64, on the same inputs.
+
+    Returns:
+        local_error: ‖found − expected‖; rounding: ‖found − exact‖, both ÷ ‖expected‖; excess: ‖expected − exact‖ ÷
+        ‖found − exact‖, 1 where both are bit-equal and infinite where the candidate is exact and the reference
+        differs; bit_equal.
+    """
+    size = expected.double().norm().item() or 1.0
+    local_error = distance(found, expected)
+    rounding = (found.cpu().double() - exact.cpu()).norm().item() / size
+    theirs = (expected.cpu().double() - exact.cpu()).norm().item() / size
+    differs = theirs / rounding if rounding else math.inf
+    excess = differs if local_error else 1.0
+    return {"local_error": local_error, "rounding": rounding, "excess": excess, "bit_equal": local_error == 0}
+
+
 def compare_logits(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
     """How far two models' logits are apart.
 

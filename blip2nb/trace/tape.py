@@ -98,6 +98,40 @@ def _keep(out, place, value):
         out[place] = value.detach().to("cpu", copy=True).contiguous()
 
 
+@contextlib.contextmanager
+def first_call(module):
+    """The arguments with which `module` is first called while the block runs.
+
+    Yields:
+        dict argument -> value, empty until then. Tensors are copies, and what `**` collects stands under its own names.
+    """
+    given = {}  # type: dict
+    signature = inspect.signature(module.forward)
+    collected = [name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD]
+
+    own, original = vars(module).get("forward"), module.forward
+
+    def forward(*args, **kwargs):
+        if not given:
+            bound = dict(signature.bind(*args, **kwargs).arguments)
+            for name in collected:
+                bound.update(bound.pop(name, {}))
+            given.update((name, _copied(value)) for name, value in bound.items())
+        return original(*args, **kwargs)
+
+    module.forward = forward
+    try:
+        yield given
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _copied(value):
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
 def attributes(model):
     """The plain numbers, words and flags that each module carries: where eps, scales and head counts are found."""
     out = {}
