@@ -17,6 +17,8 @@ from blip2nb.weights.download import locate
 from blip2nb.weights.writer import parse_size
 
 if TYPE_CHECKING:
+    from blip2nb.display.explorer import Explorer
+    from blip2nb.display.difference import Difference
     from blip2nb.models.preview import Preview
     from blip2nb.models.revert import Reverted
     from blip2nb.trace.tape import Tape
@@ -251,7 +253,7 @@ def verify(
             made where LAVIS is at hand.
         source, base, lavis_python, device, notebook: for making one, as for `capture`.
         output: the folder for report and figures; the run's own unless given.
-        figures: also draw them.
+        figures: also draw them, and make report.html.
 
     Returns:
         The report, which is also written to the run's folder.
@@ -281,6 +283,8 @@ def verify(
     report.save(run.folder)
     if figures:
         draw(run)
+    else:
+        run.page.unlink(missing_ok=True)  # it would be an earlier report's
     return report
 
 
@@ -340,15 +344,52 @@ def check_proof(
 
 
 def draw(run: Run) -> list[Path]:
-    """Draw every figure that the run's report has data for into its figures/ folder."""
-    from blip2nb.display import plots
+    """Draw every figure that the run's report has data for into its figures/ folder, and make report.html of them."""
+    from blip2nb.display import page, plots
 
     report = run.report
     run.figures.mkdir(parents=True, exist_ok=True)
     for stem in plots.FIGURES:  # of an earlier report, which may have had data for more
         for path in run.figures.glob(f"{stem}*"):
             path.unlink()
-    return plots.save(report.content, report.arrays, run.figures)
+    paths = plots.save(report.content, report.arrays, run.figures)
+    drawn = {path.stem: path.read_bytes() for path in paths if path.suffix == ".png"}
+    return [*paths, page.save(report.content, report.arrays, run.page, drawn)]
+
+
+def export_figures(target: str | Path | Run, folder: str | Path = "") -> list[Path]:
+    """Write each of a run's figures as a paper or a talk needs it: SVG, PDF and PNG at 3.4 and 7.0 inches, the data it
+    draws as CSV, and its alt text.
+
+    Args:
+        target: a run's folder or name, or a run.
+        folder: where to; the run's figures/export/ unless given.
+
+    Returns:
+        The files' paths.
+
+    Raises:
+        RequestError: there is no such run, or it was not verified.
+    """
+    from blip2nb.display import plots
+
+    run = target if isinstance(target, Run) else find_run(target)
+    report = run.report
+    return plots.export(report.content, report.arrays, Path(folder).expanduser() if folder else run.figures / "export")
+
+
+def explore(target: str | Path | Run) -> Explorer:
+    """A widget to look around in a run: choose stage, token and image, see the figure and the numbers change.
+
+    Args:
+        target: a run's folder or name, or a run.
+
+    Raises:
+        RequestError: there is no such run, it was not verified, or its converted model was removed.
+    """
+    from blip2nb.display.explorer import Explorer
+
+    return Explorer(target if isinstance(target, Run) else find_run(target))
 
 
 def show(target: str | Path | Run) -> str:
@@ -357,6 +398,22 @@ def show(target: str | Path | Run) -> str:
 
     run = target if isinstance(target, Run) else find_run(target)
     return describe(run)
+
+
+def diff(run_a: str | Path | Run, run_b: str | Path | Run) -> Difference:
+    """What is different between two runs that were verified: verdicts, stages, output, parameters and versions.
+
+    Args:
+        run_a, run_b: runs, their folders or names, or converted directories. Of the same model or of two; where the
+            behaviour of one was not compared with LAVIS's, the rest is compared.
+
+    Raises:
+        RequestError: one is no run, or was not verified yet.
+    """
+    from blip2nb.display.difference import compare_reports
+
+    one, other = (run if isinstance(run, Run) else find_run(run) for run in (run_a, run_b))
+    return compare_reports(one.report, other.report, (one.folder.name, other.folder.name))
 
 
 def finish(run: Run, keep_model: bool = True) -> None:

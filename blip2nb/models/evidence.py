@@ -138,7 +138,7 @@ def examined(
     pair = [value[0].float().reshape(value.shape[1], -1) for value in (ours, theirs)]
     step = -(-pair[0].numel() // EXAMINED_VALUES)
     kept = [value[:, ::step].contiguous().cpu().numpy() for value in pair]
-    about = {"stage": name, "heads": _heads(variant, name), "channels": pair[0].shape[1], "channel_step": step}
+    about = {"stage": name, "heads": heads_of(variant, name), "channels": pair[0].shape[1], "channel_step": step}
     return about, {"examined/lavis": kept[0], "examined/transformers": kept[1]}
 
 
@@ -147,7 +147,7 @@ def _worst(comparison: Comparison) -> str:
     return max(judged, key=lambda stage: stage.excess or 0.0).name if judged else ""
 
 
-def _heads(variant: Variant, stage: str) -> int | None:
+def heads_of(variant: Variant, stage: str) -> int | None:
     """How many heads share the channels of a stage's output; None where there are no heads."""
     if "block" not in stage and "layer." not in stage:
         return None

@@ -142,9 +142,9 @@ class Workbench:
         if name not in self.stages:
             near = difflib.get_close_matches(name, self.stages, n=1, cutoff=0.4)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise RequestError(
-                f"There is no stage {name!r}.{hint} There are {len(self.stages)}: {_shortened(self.stages)}."
-            )
+            names = list(self.stages)
+            some = ", ".join([*names[:3], "…", *names[-2:]])
+            raise RequestError(f"There is no stage {name!r}.{hint} There are {len(names)}: {some}.")
         return self.stages[name]
 
     @functools.cached_property

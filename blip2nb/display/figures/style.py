@@ -84,9 +84,9 @@ def styled(draw: Draw) -> Draw:
     """Runs a figure's function in the style."""
 
     @functools.wraps(draw)
-    def styled(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
+    def styled(report: Report, arrays: Arrays, width: float = 7.0, **options: Any) -> Figure:
         with style(width):
-            return draw(report, arrays, width)
+            return draw(report, arrays, width, **options)
 
     return styled
 

@@ -1,0 +1,159 @@
+"""A widget over a run: choose a stage, a token, an image and what to see, and the figure and the numbers follow."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+
+from blip2nb.display import plots
+from blip2nb.display.figures import one_position
+from blip2nb.report import Report
+from blip2nb.run.workbench import Sides
+from blip2nb.runs import Run
+
+_VIEWS = {
+    "errors over depth": "depth_trace",
+    "both models' magnitudes over depth": "activations",
+    "errors by stage and token": "stage_by_token",
+    "this stage: token × channel": "token_by_channel",
+    "this stage: difference against value": "signature",
+    "this stage, this token: every channel": "one_position",
+    "the logits": "logits",
+    "this image: the caption": "captions",
+}
+_OF_STAGE = ("token_by_channel", "signature", "one_position")
+_FED = {"as the model runs (drift)": "own", "fed what LAVIS's stage was fed (local error)": "lavis"}
+
+
+class Explorer:
+    """Shows itself in a notebook. Where there is nobody to move it, as in an executed notebook, it is its first figure.
+
+    Attributes:
+        stage, view, fed, token, image: the controls, whose `.value` can be set from code as well.
+        tensors: both models' values at the chosen stage.
+    """
+
+    def __init__(self, run: Run):
+        """Raises RequestError: the run has no report, or its behaviour was not compared."""
+        self.run, self.report = run, run.report
+        stages = [stage["name"] for stage in self.report["stages"]]
+        first = (self.report["first_divergence"] or {}).get("stage") or (stages[0] if stages else None)
+        images = len((self.report["captions"] or {}).get("ladder") or [None])
+        self.view = widgets.Dropdown(options=_VIEWS, description="show")
+        self.stage = widgets.Dropdown(options=stages, value=first, description="stage")
+        self.fed = widgets.Dropdown(options=_FED, value="lavis", description="transformers")
+        self.token = widgets.BoundedIntText(min=0, max=0, description="token")
+        self.image = widgets.BoundedIntText(value=1, min=1, max=images, description="image")
+        self._picture = widgets.Image(format="png", width=96 * 7, layout=widgets.Layout(max_width="100%"))
+        self._words = widgets.HTML()
+        self.tensors: Sides | None = None
+        for control in (self.view, self.stage, self.fed, self.token, self.image):
+            control.layout.width = "24em"
+            control.style.description_width = "7em"
+            control.observe(self._changed, "value")
+        top = widgets.HBox([self.view, self.stage, self.fed, self.token, self.image])
+        top.layout.flex_flow = "row wrap"
+        self._box = widgets.VBox([top, self._picture, self._words])
+        self._changed(None)
+
+    def figure(self) -> Any:
+        """The figure for the controls as they are; None where there is none of such values."""
+        name = self.view.value
+        if not self.report["stages"]:
+            return None
+        report, arrays = self.report.content, self.report.arrays
+        if name in _OF_STAGE:
+            report, arrays = self._examining(report), {**arrays, **self._examined()}
+        if name == "captions":
+            report = self._of_image(report)
+        if name == "one_position":
+            return one_position.draw(report, arrays, position=self.token.value)
+        return plots.FIGURES[name](report, arrays) if name in plots.available(report, arrays) else None
+
+    def _examining(self, report: Any) -> dict[str, Any]:
+        """The report as if the chosen stage were the one that was looked at closely."""
+        assert self.tensors is not None
+        chosen = next(stage for stage in report["stages"] if stage["name"] == self.stage.value)
+        first = report["first_divergence"]
+        here = first if first and first["stage"] == self.stage.value else None
+        about = {"stage": chosen["name"], "heads": None, "channel_step": 1}
+        return {
+            **report,
+            "first_divergence": here,
+            "examined": about | {"channels": _flat(self.tensors.lavis).shape[1]},
+        }
+
+    def _examined(self) -> dict[str, np.ndarray]:
+        assert self.tensors is not None
+        return {"examined/lavis": _flat(self.tensors.lavis), "examined/transformers": _flat(self.tensors.transformers)}
+
+    def _of_image(self, report: Any) -> dict[str, Any]:
+        """The report with the captions of the chosen image alone."""
+        said, at = report["captions"], slice(self.image.value - 1, self.image.value)
+        sides = {side: {mode: texts[at] for mode, texts in said[side].items()} for side in ("lavis", "huggingface")}
+        modes = {mode: {**values, "equal": values["equal"][at]} for mode, values in said["modes"].items()}
+        return {**report, "captions": {**said, **sides, "modes": modes, "ladder": said["ladder"][at]}}
+
+    def _changed(self, change: Any) -> None:
+        if not self.report["stages"]:
+            self._words.value = html.escape(self.report["summary"])
+            return
+        if change is None or change["owner"] in (self.stage, self.fed):
+            self.tensors = self.run.tensor(self.stage.value, self.fed.value)
+            self.token.max = len(_flat(self.tensors.lavis)) - 1
+        picture = self.figure()
+        self._picture.layout.display = "none" if picture is None else None
+        if picture is not None:
+            self._picture.value = picture._repr_png_()[0]
+        missing = f"<p>No picture of this: {self.view.label} of {self.stage.value}.</p>" if picture is None else ""
+        self._words.value = missing + self._describe()
+
+    def _describe(self) -> str:
+        """The chosen stage and token in numbers: what is behind the figure."""
+        assert self.tensors is not None
+        stage = next(one for one in self.report["stages"] if one["name"] == self.stage.value)
+        ours, theirs = (_flat(values)[self.token.value] for values in self.tensors)
+        most = np.argsort(-np.abs(theirs.astype(float) - ours.astype(float)))[:5]
+        rows = "".join(
+            f"<tr><td>{channel}</td><td>{ours[channel]:.6g}</td><td>{theirs[channel]:.6g}</td>"
+            f"<td>{float(theirs[channel]) - float(ours[channel]):.2e}</td></tr>"
+            for channel in most.tolist()
+        )
+        text = html.escape(_token(self.report, self.stage.value, self.token.value))
+        return (
+            f"<p><b>{html.escape(repr(self.tensors))}</b><br>LAVIS <code>{html.escape(stage['reference'])}</code>, "
+            f"transformers <code>{html.escape(stage['module'])}</code><br>"
+            f"The same arrays: <code>run.tensor({stage['name']!r}, fed={self.fed.value!r})</code></p>"
+            f"<p>Token {self.token.value}{text}, the channels where they differ most:</p><table><tr><th>channel</th>"
+            f"<th>LAVIS</th><th>transformers</th><th>difference</th></tr>{rows}</table>"
+            "<p>Activations are recorded for the first image; the others have captions alone.</p>"
+        )
+
+    def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The widget, and its figure for whoever cannot show widgets."""
+        data = self._box._repr_mimebundle_(**options)
+        picture = self.figure()
+        if picture is None:
+            return {**data, "text/plain": repr(self)}, {}
+        png, size = picture._repr_png_()
+        return {**data, "image/png": png, "text/plain": repr(self)}, {"image/png": size}
+
+    def __repr__(self) -> str:
+        return f"Explorer over {self.run.folder.name}: {len(self.report['stages'])} stages"
+
+
+def _flat(values: np.ndarray) -> np.ndarray:
+    """(positions, channels) of the first image, whatever the stage's own shape."""
+    first = values[0] if values.ndim > 2 else values
+    return first.reshape(-1, first.shape[-1]) if first.ndim > 1 else first.reshape(-1, 1)
+
+
+def _token(report: Report, stage: str, position: int) -> str:
+    """What stands at a position of a stage, where that is known."""
+    for part, texts in (report["sequences"] or {}).items():
+        if stage.startswith(part) and position < len(texts):
+            return f" ({texts[position]!r})"
+    return ""
