@@ -95,7 +95,7 @@ def _time(sizes: dict[str, Entry]) -> list[str]:
         f"{_cache_states(sizes)}. The ratio is that of a pair: median (smallest to largest)."
     )
     head = ["size", "dtype", "source GB", "output GB", "convert s", "cp + sync s", "convert ÷ cp"]
-    return ["## Time", said, _table([*head, "convert GB/s", "cp GB/s", "pairs"], rows)]
+    return ["## Time", said, table([*head, "convert GB/s", "cp GB/s", "pairs"], rows)]
 
 
 def _cache_states(sizes: dict[str, Entry]) -> str:
@@ -116,7 +116,7 @@ def _memory(sizes: dict[str, Entry]) -> list[str]:
         "conversion of this model's twin, and of a process that only imports what the copying process imports. A "
         "process beside it, which writes tokenizer and configuration for a second, is counted with it."
     )
-    return ["## Memory", said, _table(["size", "convert", "twin", "imports", "over imports", "over the twin"], rows)]
+    return ["## Memory", said, table(["size", "convert", "twin", "imports", "over imports", "over the twin"], rows)]
 
 
 def _in_memory(sizes: dict[str, Entry]) -> list[str]:
@@ -140,7 +140,7 @@ def _in_memory(sizes: dict[str, Entry]) -> list[str]:
         "`save_pretrained`, `sync`; in turns with `blip2nb convert`. Peak anonymous memory in MB."
     )
     head = ["size", "in memory s", "convert s", "in memory ÷ convert", "in memory MB", "convert MB", "pairs"]
-    return ["## Everything in memory", said, _table(head, rows)]
+    return ["## Everything in memory", said, table(head, rows)]
 
 
 def _costs(rates: dict[str, float]) -> list[str]:
@@ -151,7 +151,7 @@ def _costs(rates: dict[str, float]) -> list[str]:
     return [
         "## What bounds it",
         said,
-        _table(["step", "GB/s"], [[step, f"{rate:.2f}"] for step, rate in rates.items()]),
+        table(["step", "GB/s"], [[step, f"{rate:.2f}"] for step, rate in rates.items()]),
     ]
 
 
@@ -189,6 +189,7 @@ def _mb(size: int) -> str:
     return f"{size / 1e6:.0f}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
     line: Callable[[Sequence[str]], str] = lambda cells: f"| {' | '.join(cells)} |"  # noqa: E731
     return "\n".join([line(head), f"|{'---|' * len(head)}", *map(line, rows)])

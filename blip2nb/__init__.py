@@ -14,6 +14,7 @@ __all__ = [
     "capture",
     "check",
     "convert",
+    "diff",
     "explore",
     "export_figures",
     "finish",
@@ -23,6 +24,7 @@ __all__ = [
     "show",
     "variant",
     "verify",
+    "which",
 ]
 
 _HOMES = {
@@ -30,6 +32,7 @@ _HOMES = {
     "check": "api",
     "check_proof": "api",
     "convert": "api",
+    "diff": "api",
     "draw": "api",
     "explore": "api",
     "export_figures": "api",
@@ -45,6 +48,7 @@ _HOMES = {
     "Run": "runs",
     "Tape": "trace.tape",
     "variant": "variants",
+    "which": "models.files",
 }
 
 

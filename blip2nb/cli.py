@@ -323,6 +323,48 @@ def show(
 
 
 @app.command()
+def figures(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name under outputs/.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Where to; the run's figures/export/ unless given.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Write a run's figures for papers and slides: SVG, PDF and PNG in two widths, their data and their alt texts."""
+    from blip2nb import api
+
+    written = api.export_figures(run, output)
+    if as_json:
+        _print_json([str(path) for path in written])
+        return
+    print(f"{len(written)} files in {written[0].parent}" if written else "There is nothing to draw in this run.")
+
+
+@app.command()
+def diff(
+    run_a: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder, or its name under outputs/.")],
+    run_b: Annotated[str, typer.Argument(metavar="RUN", help="The run to compare it with.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="Also draw it: a .png, .svg or .pdf.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Say what is different between two runs: verdicts, stages, output, parameters and versions.
+
+    It compares two proofs and proves nothing itself. Exit status: 0 whatever the difference; 2 for what is no run.
+    """
+    from blip2nb import api
+
+    found = api.diff(run_a, run_b)
+    if output:
+        found.draw(output)
+    if as_json:
+        _print_json(found.as_dict())
+    else:
+        print(found)
+
+
+@app.command()
 def doctor(lavis_python: LavisPython = "", as_json: Json = False) -> None:
     """Check this machine: versions, the LAVIS environment, disk and memory."""
     from blip2nb.run.doctor import examine

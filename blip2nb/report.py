@@ -54,7 +54,7 @@ class Report:
         if name not in plots.FIGURES:
             raise RequestError(f"There is no figure {name!r}; there are {', '.join(plots.FIGURES)}.")
         if name not in plots.available(self.content, self.arrays):
-            return Note(f"No picture of this ({name}): the behaviour was not compared. {self['summary']}")
+            return Note(f"No picture of this ({name}): the report has nothing to draw it from. {self['summary']}")
         return plots.FIGURES[name](self.content, self.arrays, width=width)
 
     def save(self, folder: Path) -> Path:
