@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ class Run:
     """The places of one run. None of them need exist yet.
 
     Attributes:
-        folder: holds tape.safetensors, report.json, arrays.safetensors and figures/.
+        folder: holds tape.safetensors, report.json, arrays.safetensors, report.html and figures/.
         model: the converted directory, which `from_pretrained` loads.
     """
 
@@ -37,6 +38,10 @@ class Run:
     @property
     def figures(self) -> Path:
         return self.folder / "figures"
+
+    @property
+    def page(self) -> Path:
+        return self.folder / "report.html"
 
     @property
     def source(self) -> str:
@@ -66,8 +71,8 @@ class Run:
             path.unlink(missing_ok=True)
 
     def forget_proof(self) -> None:
-        """Remove report and arrays: they are of a model that no longer stands here."""
-        for name in ("report.json", "arrays.safetensors"):
+        """Remove report, arrays, activations and page: they are of a model that no longer stands here."""
+        for name in ("report.json", "arrays.safetensors", "activations.safetensors", "report.html"):
             (self.folder / name).unlink(missing_ok=True)
 
     @property
@@ -129,6 +134,7 @@ class Run:
         whole = {
             "model": self.model,
             "report": self.folder / "report.json",
+            "page": self.page,
             "figures": self.figures,
             "tape": self.tape_path,
         }
@@ -137,6 +143,14 @@ class Run:
     def __repr__(self) -> str:
         lines = [f"  {word:8s} {path}" for word, path in ({"model": self.model} | self.left()).items()]
         return "\n".join([f"Run {self.folder.name}", *lines])
+
+    def _repr_html_(self) -> str:
+        places = {"model": self.model} | self.left()
+        rows = "".join(
+            f"<tr><th align='left'>{word}</th><td align='left'><code>{html.escape(str(path))}</code></td></tr>"
+            for word, path in places.items()
+        )
+        return f"<strong>Run {html.escape(self.folder.name)}</strong><table>{rows}</table>"
 
 
 def outputs_folder(output_dir: str | Path = "") -> Path:

@@ -15,7 +15,6 @@ import blip2nb
 from blip2nb import trace
 from blip2nb.errors import RequestError
 from blip2nb.runs import Run
-from blip2nb.trace.step import enter_both
 
 EPS = "vision.post_layernorm"
 
@@ -180,7 +179,7 @@ def test_any_two_modules_can_be_entered() -> None:
     candidate = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU("tanh"), torch.nn.Linear(8, 8)).eval()
     candidate.load_state_dict(reference.state_dict())
     stage = trace.Stage("activation", "1", "1", inputs={"input": ":input"})
-    step = enter_both(reference, candidate, stage, torch.randn(4, 8))
+    step = trace.enter_both(reference, candidate, stage, torch.randn(4, 8))
     assert step().fault
     assert step.reference is not None
     step.candidate.module.approximate = "none"
@@ -245,3 +244,10 @@ def test_a_run_whose_behaviour_was_not_compared_says_so(model_copy) -> None:
     blip2nb.verify(run, proof="weights", figures=False)
     explorer = blip2nb.explore(run)
     assert "Behaviour was not compared" in explorer._words.value
+
+
+def test_runs_and_values_show_themselves_as_tables(proven) -> None:
+    assert "report.json" in proven._repr_html_()
+    shown = proven.tensor("logits")._repr_html_()
+    assert shown.count("<tr>") == 4
+    assert f"{proven.tensor('logits').lavis.max():.4g}" in shown

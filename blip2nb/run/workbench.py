@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import html
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,16 @@ class Sides:
         fed = {"own": "as the model runs", "lavis": "fed what LAVIS's stage was fed"}[self.fed]
         error = "bit-equal" if self.error == 0 else f"relative error {self.error:.1e}"
         return f"{self.stage}, {fed}: {self.lavis.shape} {self.lavis.dtype}, {error}"
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{word}</th>" for word in ("", "RMS", "smallest", "largest"))
+        sides = {"LAVIS": self.lavis, "transformers": self.transformers, "difference": self.difference}
+        rows = "".join(
+            f"<tr><th align='left'>{word}</th><td>{np.sqrt(np.mean(np.square(values, dtype=np.float64))):.4g}</td>"
+            f"<td>{values.min():.4g}</td><td>{values.max():.4g}</td></tr>"
+            for word, values in sides.items()
+        )
+        return f"<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{rows}</table>"
 
 
 def tensor(run: Run, name: str, fed: str = "own") -> Sides:

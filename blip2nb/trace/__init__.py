@@ -8,17 +8,15 @@ trace.compare(reference, candidate, stages, inputs)
 
 from blip2nb.trace.stage import Stage
 
-__all__ = ["Comparison", "Stage", "Tape", "compare"]
+__all__ = ["Comparison", "Stage", "Step", "Tape", "compare", "enter_both"]
+
+_HOMES = {"Comparison": "comparison", "compare": "comparison", "Step": "step", "enter_both": "step", "Tape": "tape"}
 
 
 def __getattr__(name: str):
     # torch takes seconds to import; a table of stages does not need it
-    if name in ("Comparison", "compare"):
+    if name in _HOMES:
         import importlib
 
-        return getattr(importlib.import_module("blip2nb.trace.comparison"), name)
-    if name == "Tape":
-        from blip2nb.trace.tape import Tape
-
-        return Tape
+        return getattr(importlib.import_module(f"blip2nb.trace.{_HOMES[name]}"), name)
     raise AttributeError(name)
