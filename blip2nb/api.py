@@ -17,8 +17,8 @@ from blip2nb.weights.download import locate
 from blip2nb.weights.writer import parse_size
 
 if TYPE_CHECKING:
-    from blip2nb.display.explorer import Explorer
     from blip2nb.display.difference import Difference
+    from blip2nb.display.explorer import Explorer
     from blip2nb.models.preview import Preview
     from blip2nb.models.revert import Reverted
     from blip2nb.trace.tape import Tape

@@ -74,7 +74,7 @@ def report(
     theirs = [ours[0], ours[1].replace("beside", "next to") if faults else ours[1], ours[2]]
     value = {
         "model_name": "tiny-blip2-opt-2.7b", "random_weights": True, "threshold": THRESHOLD,
-        "verdict": "explained" if faults else "match", "stages": stages, "versions": {},
+        "verdict": "explained" if faults else "match", "summary": "What was found.", "stages": stages, "versions": {},
         "first_divergence": first and {
             "stage": first["name"], "module": "vision_model.post_layernorm", "local_error": first["local_error"],
             "excess": first["excess"], "cause": "eps of the post layer norm: LAVIS 1e-05, transformers $1e-06$"},
@@ -182,6 +182,18 @@ def by_stage(report: dict[str, Any], rng: np.random.Generator) -> dict[str, np.n
     off = 1e-3 * ours if report["first_divergence"] else 1e-7 * rng.normal(0, 1, shape)
     values["examined/transformers"] = (ours + off).astype(np.float32)
     return values
+
+
+def looking_at(
+    ours: np.ndarray, residual: np.ndarray, fault: bool = True, **about: Any
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A report, and its arrays, that look at these values of LAVIS and transformers' differences to them."""
+    value = report(faults={"vision.block.02": 41.0} if fault else None)
+    value["examined"] = {
+        "stage": "vision.block.02", "heads": None, "channels": ours.shape[1], "channel_step": 1, **about
+    }  # fmt: skip
+    with np.errstate(invalid="ignore"):
+        return value, {"examined/lavis": ours, "examined/transformers": ours + residual}
 
 
 FULL = (39, 12, 32)

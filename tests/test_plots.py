@@ -62,9 +62,10 @@ def test_a_notebooks_style_does_not_reach_the_figures(name: str) -> None:
         assert pixels_of(plots.FIGURES[name](REPORTS["fault"], ARRAYS, 3.4)) == plain
 
 
+_BY_STAGE = ("depth_trace", "activations", "stage_by_token", "stage_map")
 LAID_OUT = [
-    *itertools.product(["depth_trace"], REPORTS),
-    *itertools.product([name for name in plots.FIGURES if name != "depth_trace"], ["fault"]),
+    *itertools.product(_BY_STAGE, REPORTS),
+    *itertools.product([name for name in plots.FIGURES if name not in _BY_STAGE], ["fault"]),
     ("before_and_after", "two faults"),
     ("before_and_after", "full T5"),
 ]
@@ -421,6 +422,11 @@ def test_alt_texts_hold_the_numbers() -> None:
     wanted = {
         "depth_trace": ["23 stages", "vision.post_layernorm", "12.7 ×", "2.3e-6"],
         "before_and_after": ["vision.post_layernorm", "12.7 ×", "19 stages"],
+        "activations": ["23 stages", "1.5e-4 %", "value 25, at logits"],
+        "stage_by_token": ["vision.post_layernorm", "17 positions", "class token", "20 %"],
+        "token_by_channel": ["17 positions × 48 channels", "Fault at vision.post_layernorm", "everywhere", "4.8 %"],
+        "signature": ["residual = 0.001 × value: a scale", "99.99 %", "offset 0 %"],
+        "stage_map": ["23 places", "vision.post_layernorm", "12.7 ×", "all else agrees"],
         "logits": ["4e-6", "1e-4", "2e-10", "98 %"],
         "pixels": ["bit-equal", "0.3 %", "0.015"],
         "captions": ["1 of 3 images", "noise on purpose"],
@@ -451,7 +457,7 @@ def test_saved_files_are_named_by_width_and_carry_their_alt_text(tmp_path: Any) 
     value = {**REPORTS["fault"], "logits": None, "captions": None, "pixel_values": None, "fusion": None}
     folder = tmp_path / "run" / "figures"
     paths = plots.save(value, {}, folder, widths=(7.0, 3.4), formats=("png", "svg", "pdf"))
-    stems = ("depth_trace", "before_and_after", "files")
+    stems = ("stage_map", "depth_trace", "before_and_after", "files")
     ends = [f"{width}.{kind}" for width in ("-7in", "-3.4in") for kind in ("png", "svg", "pdf")]
     assert {path.name for path in paths} == {stem + end for stem in stems for end in ends}
     assert {path.name for path in folder.iterdir()} == {path.name for path in paths}
@@ -468,6 +474,7 @@ def test_saved_files_are_named_by_width_and_carry_their_alt_text(tmp_path: Any) 
 
 def test_the_same_report_gives_the_same_files(tmp_path: Any) -> None:
     value = {**REPORTS["pass"], "stages": [], "logits": None, "captions": None, "pixel_values": None, "fusion": None}
+    value["examined"] = None
     once = plots.save(value, ARRAYS, tmp_path / "once", formats=("png", "svg", "pdf"))
     again = plots.save(value, ARRAYS, tmp_path / "again", formats=("png", "svg", "pdf"))
     assert len(once) == 3

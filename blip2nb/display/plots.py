@@ -8,7 +8,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from blip2nb.display.figures import (
+    activations,
     before_and_after,
     captions,
     depth_trace,
@@ -16,17 +19,26 @@ from blip2nb.display.figures import (
     fusion,
     logits,
     pixels,
+    signature,
+    stage_by_token,
+    stage_map,
+    token_by_channel,
 )
 from blip2nb.display.figures.style import Arrays, Draw, Report, style
 
 _MODULES: dict[str, ModuleType] = {
     module.__name__.rsplit(".", 1)[1]: module
     for module in (
+        stage_map,
         files,
         fusion,
         pixels,
         depth_trace,
         before_and_after,
+        activations,
+        stage_by_token,
+        token_by_channel,
+        signature,
         logits,
         captions,
     )
@@ -86,10 +98,15 @@ def save(
             picture = FIGURES[name](report, arrays, width)
             for kind in formats:
                 path = folder / f"{name}{f'-{width:g}in' if len(widths) > 1 else ''}.{kind}"
-                with style(width):
-                    picture.savefig(path, dpi=200, metadata=_metadata(kind, name, alt))
-                written.append(path)
+                written.append(save_picture(picture, path, name, alt))
     return written
+
+
+def save_picture(picture: Figure, path: Path, name: str, alt: str) -> Path:
+    """Write one picture, of a kind that its path's ending says, with its name and alt text in it. Returns the path."""
+    with style(picture.get_figwidth()):
+        picture.savefig(path, dpi=200, metadata=_metadata(path.suffix[1:], name, alt))
+    return path
 
 
 def export(report: Report, arrays: Arrays, folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
 from blip2nb.display.figures.axes import add_title
+from blip2nb.display.figures.cells import cell_steps, largest_by_cell
 from blip2nb.display.figures.style import HAIRLINE, Arrays, Picture, Report, styled
 from blip2nb.display.figures.words import as_number, as_percent
 
@@ -41,7 +42,8 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
     reach = max(1, int(max(np.abs(values).max(initial=0) for values in shown.values())))
     colours, norm, ticks = _grey_levels(reach)
     for name in shown:
-        axes[name].imshow(_largest_by_cell(shown[name]), cmap=colours, norm=norm, interpolation="nearest")
+        cells = largest_by_cell(shown[name], cell_steps(shown[name].shape, _CELLS))
+        axes[name].imshow(cells, cmap=colours, norm=norm, interpolation="nearest")
         axes[name].set_xlabel(_pixel_words(shown[name]))
     for name, title in _PIXEL_TITLES.items():
         axes[name].set_title(title.replace("\n", " ") if wide else title, loc="left")
@@ -54,6 +56,9 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
     bar.ax.tick_params(length=0)
     bar.set_label("grey levels, the largest near each dot" if wide else "grey levels (largest nearby)")
     return picture
+
+
+_CELLS = (112, 112)
 
 
 _PIXEL_TITLES = {"image": "the image", "pil": "LAVIS −\nPIL processor", "default": "LAVIS −\ndefault processor"}
@@ -73,21 +78,6 @@ def _grey_levels(reach: int) -> tuple[ListedColormap, BoundaryNorm, dict[float, 
     labels = [*(f"−{start}" for start in reversed(starts)), "0", *(f"+{start}" for start in starts)]
     ticks = dict(zip(middles, labels, strict=True))
     return colours, BoundaryNorm(bounds, len(picks)), ticks
-
-
-def _largest_by_cell(values: np.ndarray, cells: int = 112) -> np.ndarray:
-    """(channels, height, width) to the largest difference, signed, of about `cells` × `cells`.
-
-    A picture has fewer dots than the image has pixels: drawn as they are, lone differences would vanish.
-    """
-    step = max(1, math.ceil(max(values.shape[1:]) / cells))
-    channels, height, width = values.shape
-    padded = np.zeros((channels, math.ceil(height / step) * step, math.ceil(width / step) * step))
-    padded[:, :height, :width] = values
-    blocks = padded.reshape(channels, padded.shape[1] // step, step, -1, step).transpose(1, 3, 0, 2, 4)
-    flat = blocks.reshape(*blocks.shape[:2], -1)
-    largest = np.abs(flat).argmax(axis=-1)
-    return np.take_along_axis(flat, largest[..., None], axis=-1)[..., 0]
 
 
 def _pixels_finding(arrays: Arrays) -> str:

@@ -1,0 +1,486 @@
+"""F12, the stage map: the architecture in the order in which data flows, under both libraries' names."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, Rectangle
+
+from blip2nb.display.figures.axes import add_title, legend_key
+from blip2nb.display.figures.depth import Depth
+from blip2nb.display.figures.style import (
+    FAULT,
+    HAIRLINE,
+    INK,
+    LAVIS,
+    MUTED,
+    ROUNDING,
+    TRANSFORMERS,
+    Arrays,
+    Picture,
+    Report,
+    styled,
+)
+from blip2nb.display.figures.words import as_count, as_number, as_times, first_few, text_inches, wrap_text
+
+
+def available(report: Report, arrays: Arrays) -> bool:
+    return bool(report.get("stages"))
+
+
+@styled
+def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
+    """F12: every place that was compared, as boxes in the order in which data flows, and how each fared.
+
+    Blocks that repeat are one box with a cell for each of them. What the parts are, and what repeats, is read off the
+    stages' names: `part.block.07` is a block of a part, `{n}` in a library's name stands for its number.
+
+    Args:
+        report: `stages`, `threshold` and `first_divergence`.
+        arrays: not used.
+        width: inches. Two columns on a page, one in a column.
+    """
+    parts = _parts(report)
+    count = 2 if width >= 5 and sum(len(part.boxes) for part in parts) > 3 else 1
+    across = (width - _EDGE - (count - 1) * _GUTTER) / count
+    columns = _columns([_Placed.of(part, across) for part in parts], count)
+    room = _TURN if len(columns) > 1 else 0.03  # for the line from one column to the next
+    tall = _KEY + room + max(sum(placed.height for placed in column) for column in columns)
+    picture = Picture(width, tall, alt_text(report, arrays))
+    add_title(picture, _finding(report))
+    lines = picture.get_suptitle().count("\n") + 1
+    picture.set_figheight(tall + _EDGE + 1.25 * lines * matplotlib.rcParams["figure.titlesize"] / 72)
+    axes = picture.add_subplot()
+    axes.set_axis_off()
+    axes.set(xlim=(0, width - _EDGE), ylim=(tall, 0))  # inches, downwards
+    _library_key(axes)
+    for number, column in enumerate(columns):
+        _draw_column(axes, column, number * (across + _GUTTER), across)
+    for number, (before, after) in enumerate(itertools.pairwise(columns)):
+        _lead_over(axes, before, after, number * (across + _GUTTER), across)
+    return picture
+
+
+# Inches.
+_EDGE, _GUTTER, _KEY, _PAD, _BETWEEN_BOXES, _BETWEEN_PARTS, _CELL = 0.09, 0.3, 0.2, 0.05, 0.09, 0.18, 0.07
+_TURN, _MARK, _APART = 0.12, 0.13, 0.15  # a library's marker stands before each name; between two names in a line
+
+
+# -- how each place fared
+
+_DIVERGES, _LOST, _UNJUDGED, _ROUNDS, _EQUAL = (
+    "diverges", "not a number", "not judged", "agrees to rounding", "bit-equal",
+)  # fmt: skip
+"""Worst first."""
+
+_MARKS = {_DIVERGES: "✗", _LOST: "?", _UNJUDGED: "?", _ROUNDS: "✓", _EQUAL: "="}
+
+_ARRIVAL = 1e-6
+"""What arrives somewhere may differ by this much: trace.comparison.ARRIVAL_TOLERANCE, without loading torch."""
+
+
+def _fares(report: Report) -> list[str]:
+    depth = Depth.of(report)
+    found = []
+    for place in depth.places:
+        error = depth.arrival_error[place] if depth.junction[place] else depth.local_error[place]
+        if depth.wrong[place] or (depth.junction[place] and error > _ARRIVAL):
+            found.append(_DIVERGES)
+        elif depth.broken[place]:
+            found.append(_LOST)
+        elif error == 0:
+            found.append(_EQUAL)
+        else:
+            found.append(_UNJUDGED if depth.unjudged[place] else _ROUNDS)
+    return found
+
+
+def _finding(report: Report) -> str:
+    fares, first = _fares(report), report.get("first_divergence")
+    counts = Counter(fares)
+    if first:
+        others = counts[_DIVERGES] - 1
+        rest = f"{as_count(others, 'other place')} diverge{'s' if others == 1 else ''}" if others else "all else agrees"
+        if counts[_LOST] + counts[_UNJUDGED] and not others:
+            rest = f"{as_count(counts[_LOST] + counts[_UNJUDGED], 'place')} cannot be judged"
+        return f"First wrong at {first['stage']}: {_size_words(_stage_of(report, first['stage'], first))}; {rest}"
+    if counts[_DIVERGES]:
+        return f"{counts[_DIVERGES]} of {len(fares)} places diverge"
+    if counts[_LOST] + counts[_UNJUDGED]:
+        return f"{counts[_LOST] + counts[_UNJUDGED]} of {len(fares)} places cannot be judged, the others agree"
+    if counts[_EQUAL] == len(fares):
+        return f"All {len(fares)} places agree, bit for bit"
+    return f"All {len(fares)} places agree: {counts[_EQUAL]} bit-equal, {counts[_ROUNDS]} to rounding"
+
+
+def _stage_of(report: Report, name: str, otherwise: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next((stage for stage in report["stages"] if stage["name"] == name), otherwise)
+
+
+def _size_words(stage: Mapping[str, Any]) -> str:
+    """How wrong a place that diverges is."""
+    excess, arrival = stage.get("excess"), stage.get("arrival_error")
+    if excess is not None and not math.isnan(excess):
+        return f"{as_times(excess)} its own rounding"
+    if stage.get("junction") and arrival is not None and not math.isnan(arrival):
+        return f"off by {as_number(arrival)}"
+    return "not a number"
+
+
+# -- parts and boxes, read off the names
+
+
+@dataclasses.dataclass(frozen=True)
+class _Box:
+    """One place, or blocks that repeat.
+
+    Attributes:
+        label: its name within the part: `post_layernorm`, `block.00 … 38`.
+        names: the stages' own names.
+        reference, module: its place in LAVIS and in transformers.
+        fares: how each of its stages fared.
+        words: that in words.
+        note: the first divergence, if it is here: its full name, and its cause.
+    """
+
+    label: str
+    names: tuple[str, ...]
+    reference: str
+    module: str
+    fares: tuple[str, ...]
+    words: str
+    note: str
+
+    @property
+    def fare(self) -> str:
+        return next(fare for fare in _MARKS if fare in self.fares)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Boxes that belong together; a place that belongs to no part has one of its own without a name."""
+
+    name: str
+    boxes: tuple[_Box, ...]
+
+
+def _parts(report: Report) -> list[_Part]:
+    """The stages in boxes, those in parts, in the order of the report."""
+    repeated: dict[str, list[int]] = {}
+    for place, stage in enumerate(report["stages"]):
+        repeated.setdefault(_template(stage["name"]), []).append(place)
+    fares = _fares(report)
+    boxes = [(_split(template)[0], _box(report, fares, places)) for template, places in repeated.items()]
+    parts: list[_Part] = []
+    for name, group in itertools.groupby(boxes, key=lambda pair: pair[0]):
+        inside = tuple(box for _, box in group)
+        parts += [_Part(name, inside)] if name else [_Part("", (box,)) for box in inside]
+    return parts
+
+
+def _template(name: str) -> str:
+    """`vision.block.07` → `vision.block.{n}`."""
+    return ".".join("{n}" if word.isdigit() else word for word in name.split("."))
+
+
+def _split(name: str) -> tuple[str, str]:
+    """(part, name within it): a number goes with the word before it."""
+    words = name.split(".")
+    last = 2 if len(words) > 1 and (words[-1].isdigit() or words[-1] == "{n}") else 1
+    return ".".join(words[:-last]), ".".join(words[-last:])
+
+
+def _box(report: Report, fares: Sequence[str], places: Sequence[int]) -> _Box:
+    stages, own = [report["stages"][place] for place in places], tuple(fares[place] for place in places)
+    names = [stage["name"] for stage in stages]
+    first = report.get("first_divergence") or {}
+    label = _split(names[0])[1]
+    if len(names) > 1:
+        last = names[-1].split(".")[-1]
+        label += f" … {last}" if last.isdigit() else f" × {len(names)}"
+    note = f"{first['stage']}: {first.get('cause') or 'the cause is not known'}" if first.get("stage") in names else ""
+    return _Box(
+        label=label,
+        names=tuple(names),
+        reference=_folded([stage.get("reference") or "—" for stage in stages]),
+        module=_folded([stage.get("module") or "—" for stage in stages]),
+        fares=own,
+        words=_fare_words(stages, own),
+        note=note,
+    )
+
+
+def _folded(paths: Sequence[str]) -> str:
+    """The paths as one, with {n} for the numbers in which they differ."""
+    pieces = [re.split(r"(\d+)", path) for path in paths]
+    if len({len(words) for words in pieces}) > 1:
+        return f"{paths[0]}, …"
+    columns = [list(dict.fromkeys(column)) for column in zip(*pieces, strict=True)]
+    if any(len(column) > 1 and not column[0].isdigit() for column in columns):
+        return f"{paths[0]}, …"
+    return "".join(column[0] if len(column) == 1 else "{n}" for column in columns)
+
+
+def _fare_words(stages: Sequence[Mapping[str, Any]], fares: Sequence[str]) -> str:
+    counts = Counter(fares)
+    worst = next(fare for fare in _MARKS if fare in counts)
+    mark, number = _MARKS[worst], counts[worst]
+    if worst == _DIVERGES:
+        wrong = [stage for stage, fare in zip(stages, fares, strict=True) if fare == _DIVERGES]
+        if len(stages) == 1:
+            return f"{mark} {_size_words(wrong[0])}"
+        if number == 1:
+            name = wrong[0]["name"]
+            which = _split(name)[1] if name.split(".")[-1].isdigit() else name
+            return f"{mark} {which}: {_size_words(wrong[0])}"
+        numbers = [next(word for word in s["name"].split(".")[::-1] if word.isdigit()) for s in wrong]
+        return f"{mark} {number} of {len(stages)} diverge: {first_few(numbers, 3)}"
+    if len(counts) == 1:
+        return f"{mark} {worst}"
+    if worst == _ROUNDS:
+        return f"{mark} {number} to rounding, {counts[_EQUAL]} bit-equal"
+    return f"{mark} {number} of {len(stages)} {worst}"
+
+
+# -- placing and drawing
+
+
+@dataclasses.dataclass(frozen=True)
+class _Line:
+    """A line of text in a box: a `name` with how it fared at the `right` end, that alone (`fare`), the two `places` or
+    one of them (`LAVIS`, `transformers`), or a `note`."""
+
+    kind: str
+    text: str
+    right: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Placed:
+    """A part with its boxes' lines, which depend on how wide it is. Heights are in inches."""
+
+    part: _Part
+    lines: tuple[tuple[_Line, ...], ...]
+
+    @classmethod
+    def of(cls, part: _Part, across: float) -> _Placed:
+        room = across - 4 * _PAD - (2 * _PAD if part.name else 0)
+        return cls(part, tuple(_box_lines(box, room) for box in part.boxes))
+
+    @property
+    def heights(self) -> list[float]:
+        cells = [(_CELL + _PAD) * (len(box.names) > 1) for box in self.part.boxes]
+        return [
+            2 * _PAD + cell + sum(_line_height(line.kind) for line in lines)
+            for cell, lines in zip(cells, self.lines, strict=True)
+        ]
+
+    @property
+    def inner(self) -> float:
+        """From its upper edge to its lower."""
+        frame = _line_height("part") + 2 * _PAD if self.part.name else 0.0
+        return frame + sum(self.heights) + _BETWEEN_BOXES * (len(self.part.boxes) - 1)
+
+    @property
+    def height(self) -> float:
+        """With the arrow that leads to it."""
+        return _BETWEEN_PARTS + self.inner
+
+
+def _line_height(kind: str) -> float:
+    return 1.3 * _size(kind) / 72
+
+
+def _size(kind: str) -> float:
+    return matplotlib.rcParams["font.size" if kind in ("name", "part") else "xtick.labelsize"]
+
+
+def _box_lines(box: _Box, room: float) -> tuple[_Line, ...]:
+    fits = text_inches(box.label, _size("name"), "bold") + text_inches(box.words, _size("fare"), "bold") + 0.12 < room
+    lines = [_Line("name", box.label, box.words if fits else "")]
+    if not fits:
+        lines += [_Line("fare", line) for line in wrap_text(box.words, room, "xtick.labelsize", "bold").split("\n")]
+    lines += _place_lines(box, room)
+    notes = wrap_text(box.note, room, "xtick.labelsize").split("\n") if box.note else []
+    return (*lines, *(_Line("note", line) for line in notes))
+
+
+def _place_lines(box: _Box, room: float) -> list[_Line]:
+    """Both libraries' names, in one line if there is room."""
+    needed = sum(_MARK + text_inches(name, _size("places")) for name in (box.reference, box.module))
+    if needed + _APART <= room:
+        return [_Line("places", box.reference, box.module)]
+    names = room - _MARK
+    return [_Line("LAVIS", _shortened(box.reference, names)), _Line("transformers", _shortened(box.module, names))]
+
+
+def _shortened(path: str, room: float) -> str:
+    """A path that is too long loses words in its middle: its ends say most."""
+    words = path.split(".")
+    for gone in range(len(words) - 1):
+        head = (len(words) - gone) // 2
+        ends = [".".join(words[:head]), ".".join(words[head + gone :])]
+        shorter = "…".join(ends) if gone else path
+        if text_inches(shorter, _size("LAVIS")) <= room:
+            return shorter
+    last = words[-1]
+    while len(last) > 1 and text_inches(f"…{last}", _size("LAVIS")) > room:
+        last = last[1:]
+    return f"…{last}" if len(words) > 1 or last != words[-1] else last
+
+
+def _columns(placed: Sequence[_Placed], count: int) -> list[list[_Placed]]:
+    """The parts in one column or two, cut where the taller is as short as can be."""
+    if count == 1 or len(placed) < 2:
+        return [list(placed)]
+    heights = np.cumsum([each.height for each in placed])
+    cut = int(np.maximum(heights[:-1], heights[-1] - heights[:-1]).argmin()) + 1
+    return [list(placed[:cut]), list(placed[cut:])]
+
+
+def _library_key(axes: Axes) -> None:
+    x = 0.1
+    for marker, colour, name in (("o", LAVIS, "LAVIS"), ("s", TRANSFORMERS, "transformers")):
+        _marker(axes, x, 0.12, marker, colour)
+        axes.text(x + 0.1, 0.12, f"its place in {name}", va="center", size=_size("LAVIS"))
+        x += 0.35 + text_inches(f"its place in {name}", _size("LAVIS"))
+
+
+def _marker(axes: Axes, x: float, y: float, marker: str, colour: str) -> None:
+    mark = legend_key(marker, colour)
+    mark.set(xdata=[x], ydata=[y], markersize=_size("LAVIS") / 1.9, zorder=4)
+    axes.add_line(mark)
+
+
+def _draw_column(axes: Axes, column: Sequence[_Placed], left: float, across: float) -> None:
+    y = _KEY
+    for number, placed in enumerate(column):
+        y += _BETWEEN_PARTS
+        if number:
+            before = column[number - 1].part.name
+            _arrow(axes, left + across / 2, y - _BETWEEN_PARTS, y, _CROSSED.get((before, placed.part.name), ""))
+        _draw_part(axes, placed, left, across, y)
+        y += placed.inner
+
+
+_CROSSED = {
+    ("vision", "qformer"): "cross-attention",
+    ("language.encoder", "language.decoder"): "cross-attention",
+}
+"""What is known of how one part reads another, for parts that have these names."""
+
+
+def _draw_part(axes: Axes, placed: _Placed, left: float, across: float, y: float) -> None:
+    if placed.part.name:
+        frame = _rounded(
+            left, y, across, placed.inner, facecolor="#F7F7F7", edgecolor=HAIRLINE, linewidth=0.6, zorder=1
+        )
+        axes.add_patch(frame)
+        axes.text(left + 2 * _PAD, y + _PAD + _line_height("part") / 2, placed.part.name, va="center", color=MUTED,
+                  size=_size("part"))  # fmt: skip
+        y += _PAD + _line_height("part")
+        left, across = left + _PAD, across - 2 * _PAD
+    for number, (box, lines, height) in enumerate(zip(placed.part.boxes, placed.lines, placed.heights, strict=True)):
+        if number:
+            _arrow(axes, left + across / 2, y - _BETWEEN_BOXES, y)
+        _draw_box(axes, box, lines, (left, y, across, height))
+        y += height + _BETWEEN_BOXES
+
+
+_FACES = {_DIVERGES: "#FBE5D8", _ROUNDS: "#EDEDED"}
+
+
+_LIBRARIES = {"LAVIS": [("o", LAVIS)], "transformers": [("s", TRANSFORMERS)]}
+_LIBRARIES["places"] = _LIBRARIES["LAVIS"] + _LIBRARIES["transformers"]
+
+
+def _draw_box(axes: Axes, box: _Box, lines: Sequence[_Line], where: tuple[float, float, float, float]) -> None:
+    left, y, across, _ = where
+    lit = box.fare == _DIVERGES
+    edge, thick = (FAULT, 1.6) if lit else (MUTED, 0.6)
+    axes.add_patch(_rounded(*where, facecolor=_FACES.get(box.fare, "white"), edgecolor=edge, linewidth=thick, zorder=2,
+                            linestyle="--" if box.fare in (_LOST, _UNJUDGED) else "-"))  # fmt: skip
+    axes.patches[-1].set_gid(box.fare)
+    x, end = left + 2 * _PAD, left + across - 2 * _PAD
+    y += _PAD
+    loud: dict[str, Any] = {"weight": "bold", "color": FAULT} if lit else {}
+    for line in lines:
+        middle, size = y + _line_height(line.kind) / 2, _size(line.kind)
+        write = functools.partial(axes.text, y=middle, va="center", size=size, zorder=3)
+        if line.kind == "name":
+            write(x, s=line.text, weight="bold")
+            write(end, s=line.right, ha="right", **{**loud, "size": _size("fare")})
+        elif line.kind in ("fare", "note"):
+            write(x, s=line.text, **(loud if line.kind == "fare" else {}))
+        else:
+            other = x + _MARK + text_inches(line.text, size) + _APART
+            pair = [(line.text, x), (line.right, other)] if line.kind == "places" else [(line.text, x)]
+            for (name, at), (marker, fill) in zip(pair, _LIBRARIES[line.kind], strict=True):
+                _marker(axes, at + 0.04, middle, marker, fill)
+                write(at + _MARK, s=name)
+        y += _line_height(line.kind)
+    if len(box.names) > 1:
+        _cells(axes, box, x, end, y + _PAD)
+
+
+def _cells(axes: Axes, box: _Box, left: float, right: float, y: float) -> None:
+    """A cell for each of the blocks that the box stands for."""
+    pitch = (right - left) / len(box.fares)
+    for number, (name, fare) in enumerate(zip(box.names, box.fares, strict=True)):
+        colour = {_DIVERGES: FAULT, _ROUNDS: ROUNDING}.get(fare, "white")
+        hatch = "//////" if fare in (_LOST, _UNJUDGED) else None
+        grow = 0.025 if fare == _DIVERGES else 0.0  # seen in grey too
+        edge, thick, above = (INK, 0.8, 3.5) if grow else (MUTED, 0.4, 3.0)
+        corner, height = (left + number * pitch, y - grow), _CELL + 2 * grow
+        axes.add_patch(Rectangle(corner, pitch, height, fc=colour, hatch=hatch, ec=edge, lw=thick, zorder=above))
+        axes.patches[-1].set_gid(f"{name}: {fare}")
+
+
+def _rounded(left: float, y: float, across: float, height: float, **looks: Any) -> FancyBboxPatch:
+    return FancyBboxPatch((left, y), across, height, boxstyle="round,pad=0,rounding_size=0.05", **looks)
+
+
+def _arrow(axes: Axes, x: float, start: float, end: float, words: str = "") -> None:
+    axes.annotate("", (x, end), (x, start), arrowprops=_ARROW)
+    if words:
+        axes.text(x + 0.08, (start + end) / 2, words, va="center", size=_size("fare"), color=MUTED)
+
+
+_ARROW = {"arrowstyle": "-|>", "color": MUTED, "lw": 0.8, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 6}
+
+
+def _lead_over(axes: Axes, before: Sequence[_Placed], after: Sequence[_Placed], left: float, across: float) -> None:
+    """From the foot of one column to the head of the next."""
+    foot, head = _KEY + sum(placed.height for placed in before), _KEY + _BETWEEN_PARTS
+    gutter, there = left + across + _GUTTER / 2, left + 1.5 * across + _GUTTER
+    low, high = foot + _TURN - 0.03, head - 0.14
+    x, y = [left + across / 2, left + across / 2, gutter, gutter, there], [foot, low, low, high, high]
+    axes.plot(x, y, color=MUTED, lw=0.8, clip_on=False)
+    _arrow(axes, there, high, head, _CROSSED.get((before[-1].part.name, after[0].part.name), ""))
+
+
+def alt_text(report: Report, arrays: Arrays) -> str:
+    parts = ", ".join(part.name or part.boxes[0].label for part in _parts(report))
+    return (
+        f"Map of {as_count(len(report['stages']), 'place')} in the order of the network: {parts}. {_finding(report)}."
+    )
+
+
+def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+    """A row for each stage."""
+    return [
+        {"name": stage["name"], "part": _split(_template(stage["name"]))[0], "lavis": stage.get("reference"),
+         "transformers": stage.get("module"), "fare": fare, "excess": stage.get("excess")}
+        for stage, fare in zip(report["stages"], _fares(report), strict=True)
+    ]  # fmt: skip

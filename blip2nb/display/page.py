@@ -1,0 +1,401 @@
+"""report.html: all that a run found on one page, for whoever was not there. Needs no network, names no place on a disk.
+
+The words and the order are the template's (page.html.j2); what is computed for it is here.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import io
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from PIL import Image
+
+from blip2nb.display import plots, text
+from blip2nb.display.figures.depth import Depth
+from blip2nb.display.figures.style import Arrays, Report, style
+from blip2nb.display.figures.words import as_bytes, as_count, as_number, as_percent, as_times
+from blip2nb.variants import variant
+
+MOST_ROWS = 200
+"""So many rows of a figure's data are on the page; where there are more, it says so."""
+
+_WIDE, _NARROW = 7.0, 3.4  # inches: what a desk and a phone are shown
+
+
+def save(report: Report, arrays: Arrays, path: Path, drawn: Mapping[str, bytes] | None = None) -> Path:
+    """Write the page, whole or not at all. Arguments as for `render`. Returns the path."""
+    beside = path.with_name(f"{path.name}.partial")
+    beside.write_text(render(report, arrays, drawn), encoding="utf-8", newline="\n")
+    os.replace(beside, path)
+    return path
+
+
+def render(report: Report, arrays: Arrays, drawn: Mapping[str, bytes] | None = None) -> str:
+    """The page as HTML.
+
+    Args:
+        report: as in report.json.
+        arrays: as in arrays.safetensors.
+        drawn: PNGs, 7 inches wide, of figures that were drawn already, by the figure's name. The others are drawn.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(number=as_number, bytes=as_bytes, count=as_count, cell=_cell)
+    environment.filters.update(breakable=_breakable, source_hash=_source_hash)
+    template = (resources.files("blip2nb.display") / "page.html.j2").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        report=report,
+        words=text.VERDICTS[report["verdict"]],
+        behaviour=report["proof"] == "both",
+        meaning=_meaning(report),
+        problems=_problems(report["weights"]),
+        usage=_usage(report),
+        completion=_completion(report),
+        numbers=text.numbers(report),
+        figures=list(_figures(report, arrays, drawn or {})),
+        stages=_stages(report) if report["stages"] else [],
+        names=_names(report["weights"]["names"]),
+        files=_files(report["provenance"]["files"]),
+        packages=sorted({package for found in report["versions"].values() for package in found}),
+        commands=_commands(report),
+        most_rows=MOST_ROWS,
+    )
+
+
+def _source_hash(source: Markup) -> str:
+    """What a Content-Security-Policy knows an inline style or script by."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"
+
+
+def _breakable(name: str) -> Markup:
+    """A dotted name that may go on in the next line behind a dot."""
+    return Markup("<wbr>").join(re.split(r"(?<=\.)", name))
+
+
+# -- what it means
+
+
+def _meaning(report: Report) -> list[tuple[str, str]]:
+    """Answers to what its owner asks first, as (question, answer)."""
+    answers = [("Is it safe to ship?", _safe(report))]
+    if report["proof"] == "both":
+        answers += [
+            ("What about my logits?", _about_logits(report["logits"])),
+            ("What about my captions?", _about_captions(report)),
+            ("What about my images?", _about_pixels(report["pixel_values"])),
+        ]
+    return answers
+
+
+def _safe(report: Report) -> str:
+    if report["verdict"] == "match":
+        return "Yes. It is the model that LAVIS runs."
+    if report["verdict"] == "weights_only":
+        return (
+            "The weights are LAVIS's. Whether the model also computes with them what LAVIS computes was not looked at: "
+            "layers, logits and captions are not proven."
+        )
+    if report["verdict"] == "diverges":
+        return "No, not before what is said below is understood."
+    if report["captions"]["equal"] and report["logits"]["top1_agreement"] == 1:
+        return "Yes, as it is. With the line below, set after loading, the difference is gone too."
+    return "Yes, with the line below, set after loading. Without it, some of its words are not LAVIS's."
+
+
+def _about_logits(logits: Mapping[str, Any]) -> str:
+    words = (
+        f"On the same image and text they differ from LAVIS's by {as_number(logits['relative'])} of their size, at "
+        f"most by {as_number(logits['max_abs'])}. The likeliest next token is the same at "
+        f"{as_percent(logits['top1_agreement'])} of the positions."
+    )
+    if "fixed" in logits:
+        words += f" With the remedy below they differ by {as_number(logits['fixed']['relative'])}."
+    return words
+
+
+def _about_captions(report: Report) -> str:
+    captions = report["captions"]
+    equal = {mode: sum(found["equal"]) for mode, found in captions["modes"].items()}
+    count = len(captions["modes"]["greedy"]["equal"])
+    words = (
+        f"Of {as_count(count, 'image')}, {equal['greedy']} get the same caption in every token when decoded greedily, "
+        f"{equal['beams']} with five beams, {equal['default']} with LAVIS's own settings."
+    )
+    reasons = [one["words"] for one in report["known_differences"] if "captions.default" in one["explains"]]
+    if reasons:
+        words += f" The last differ for a known reason, {reasons[0]}; see below."
+    if report["random_weights"]:
+        words += " The weights are random, so the captions are noise on purpose."
+    return words
+
+
+def _about_pixels(pixels: Mapping[str, Any]) -> str:
+    if not pixels["equal"]:
+        return f"Their pixel values differ from LAVIS's by up to {as_number(pixels['max_abs'])}."
+    words = 'With the processor loaded as below (backend="pil") their pixel values are LAVIS\'s, bit for bit.'
+    other = pixels.get("default") or {}
+    if other.get("share"):
+        words += f" The default one gives other values for {as_percent(other['share'])} of them."
+    return words
+
+
+def _problems(weights: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the weights, a line each."""
+    whole = {"missing": "is missing", "unexpected": "does not belong to the model", "misshapen": "has another shape"}
+    found = [f"{name} {words}" for key, words in whole.items() for name in weights.get(key, [])]
+    back = [f"{name} does not go back to what was read" for name in weights.get("roundtrip_differences", [])]
+    return found + back + list(weights.get("modules_different", []))
+
+
+def _usage(report: Report) -> str:
+    """Python that captions an image with LAVIS's settings, with the known remedies. The folder is named neutrally."""
+    load, *rest = text.usage(report["model_name"], Path("model"))
+    fixes = [f"{one['fix']}  # {one['words']}" for one in report["known_differences"] if one["stage"] != "captions"]
+    head = ["from PIL import Image", "from transformers import AutoProcessor, Blip2ForConditionalGeneration", ""]
+    last = [f"ids = {rest[-1]}", "print(processor.batch_decode(ids, skip_special_tokens=True)[0].strip())"]
+    return "\n".join(
+        [*head, load, *fixes, *rest[:-2], 'image = Image.open("photo.jpg").convert("RGB")', rest[-2], *last]
+    )
+
+
+# -- doing it again. Sources are told by name: their places are this machine's.
+
+
+def _completion(report: Report) -> str:
+    """The commands that add the second proof, without the paths that `complete_with` has; "" where there are none."""
+    given = shlex.split(report.get("complete_with") or "")
+    if not given:
+        return ""
+    named = "".join(f" {option} {value}" for option, value in _GIVEN.items() if option in given)
+    lines = [f"blip2nb capture {report['model_name']}{named} --output tape.safetensors",
+             "blip2nb verify RUN --tape tape.safetensors"]  # fmt: skip
+    return "\n".join(lines)
+
+
+_GIVEN = {"--source": "YOUR_FILES", "--base": "WHAT_THEY_WERE_TRAINED_FROM"}
+
+
+def _commands(report: Report) -> str:
+    """What makes the same model and the same proof from the same files."""
+    model, made = variant(report["model_name"]), report["provenance"]
+    trained = [name for name in made["checkpoints"] if name != model.checkpoint]
+    source = f" --source {shlex.quote(trained[-1])}" if trained else ""
+    run = f"{model.name}--{Path(trained[-1]).stem}" if trained else model.name
+    dtype = "" if made["dtype"] == "auto" else f" --dtype {made['dtype']}"
+    proof = "" if made["reference"] else " --proof weights"
+    return f"blip2nb convert {model.name}{source}{dtype}\nblip2nb verify {shlex.quote(run)}{proof}"
+
+
+def _files(files: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    return [(one["name"], as_bytes(one["bytes"])) for one in files]
+
+
+# -- the figures
+
+
+@dataclasses.dataclass(frozen=True)
+class _Picture:
+    """A palette PNG as a data URL, with its size in pixels."""
+
+    source: str
+    width: int
+    height: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Figure:
+    """A figure as the page shows it. `rows` are at most MOST_ROWS of the `total` in `table`."""
+
+    name: str
+    title: str
+    reading: str
+    alt: str
+    wide: _Picture
+    narrow: _Picture
+    columns: list[str]
+    rows: list[list[Any]]
+    total: int
+
+
+_READING = {
+    "stage_map": (
+        "The network, place by place",
+        "From the image at one end to the logits at the other. Each box is a place that was compared, with its name in "
+        "LAVIS and in transformers; what is wrong is lit.",
+    ),
+    "files": (
+        "What was written",
+        "The length of a bar is the size of that part of the model; its pattern says what was done to the tensors.",
+    ),
+    "fusion": (
+        "Query and value bias become one",
+        "LAVIS keeps two biases for each attention of the vision tower, transformers one for query, key and value. "
+        "The key's is zero, and no output depends on it.",
+    ),
+    "pixels": (
+        "What the model sees",
+        "Each picture shows by how many grey levels a processor's pixels differ from LAVIS's. Blank is no difference.",
+    ),
+    "depth_trace": (
+        "Where errors arise",
+        "Follow the network from left to right. Above, how far each place is from LAVIS; below, how many times its own "
+        "rounding that is. About 1 is rounding alone; what is above the dashed line is something else.",
+    ),
+    "before_and_after": (
+        "What the remedy does",
+        "Each line leads from the error as shipped to the error with the remedy, in multiples of the place's own "
+        "rounding. It should end near 1.",
+    ),
+    "activations": (
+        "The values themselves",
+        "How large the values are at each place, in both models: where the two lie on each other, the models agree.",
+    ),
+    "logits": (
+        "What the model says next",
+        "How far the two models' logits are apart at each position, and whether that could change the likeliest token: "
+        "it could only where the difference is more than half the lead of the first over the second.",
+    ),
+    "captions": (
+        "The captions",
+        "What both models say about each image, token by token. Where they part is marked.",
+    ),
+    "stage_by_token": (
+        "The error of each token",
+        "A row for each place in the network, a column for each token. A single bright column is one token's trouble, "
+        "a bright row the layer's.",
+    ),
+    "token_by_channel": (
+        "One place from close by",
+        "LAVIS's values and transformers' at one place, subtracted: a row for each token, a column for each channel. "
+        "A pattern tells what kind of difference it is.",
+    ),
+    "signature": (
+        "The signature of the difference",
+        "The difference against LAVIS's own value. A level line off zero is a bias, a slope is a scale, a curve another "
+        "function; a shapeless cloud is rounding.",
+    ),
+}  # fmt: skip
+"""Name -> (title, how to read it), in the order of the page."""
+
+
+def _figures(report: Report, arrays: Arrays, drawn: Mapping[str, bytes]) -> Iterator[_Figure]:
+    there = plots.available(report, arrays)
+    for name in [*(one for one in _READING if one in there), *(one for one in there if one not in _READING)]:
+        title, reading = _READING.get(name, (name.replace("_", " ").capitalize(), ""))
+        rows = plots.table(name, report, arrays)
+        wide = drawn[name] if name in drawn else _png(name, report, arrays, _WIDE)
+        yield _Figure(
+            name=name,
+            title=title,
+            reading=reading,
+            alt=plots.alt_text(name, report, arrays),
+            wide=_picture(wide),
+            narrow=_picture(_png(name, report, arrays, _NARROW)),
+            columns=[_COLUMNS.get(key, key.replace("_", " ")) for key in (rows[0] if rows else {})],
+            rows=[list(row.values()) for row in rows[:MOST_ROWS]],
+            total=len(rows),
+        )
+
+
+_COLUMNS = {
+    "excess": "error ÷ its own rounding",
+    "excess_fixed": "the same with the remedy",
+    "local_error": "error alone",
+    "kl": "KL divergence",
+    "max_abs": "largest difference",
+    "lavis": "LAVIS",
+}
+
+
+def _png(name: str, report: Report, arrays: Arrays, width: float) -> bytes:
+    """Sharp where it is shown: about two pixels of the file for each of a desk's, three for a phone's."""
+    buffer = io.BytesIO()
+    picture = plots.FIGURES[name](report, arrays, width)
+    with style(width):
+        picture.savefig(buffer, format="png", dpi=200 if width == _WIDE else 320)
+    return buffer.getvalue()
+
+
+def _picture(png: bytes) -> _Picture:
+    """With 256 colours, which is all that the figures need, a third of the size, and half of what it is as SVG."""
+    with Image.open(io.BytesIO(png)) as image:
+        small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return _Picture(f"data:image/png;base64,{data}", *small.size)
+
+
+def _cell(value: Any) -> str:
+    """A value of a figure's data in a table."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# -- the tables
+
+
+def _stages(report: Report) -> list[dict[str, Any]]:
+    """A row for each stage, numbers as text, what it comes to in words."""
+    depth, rows = Depth.of(report), []
+    for place, stage in enumerate(report["stages"]):
+        error = stage["arrival_error"] if depth.junction[place] else stage["local_error"]
+        rows.append(
+            {
+                **{key: stage[key] for key in ("name", "reference", "module")},
+                "drift": as_number(stage["drift"]),
+                "error": as_number(error) + (" on arrival" if depth.junction[place] else ""),
+                "times": "–" if math.isnan(depth.excess[place]) else as_times(depth.excess[place]),
+                "wrong": bool(depth.wrong[place] or depth.broken[place]),
+                "finding": _finding(report, depth, place),
+            }
+        )
+    return rows
+
+
+def _finding(report: Report, depth: Depth, place: int) -> str:
+    name = depth.names[place]
+    causes = [one["words"] for one in report["known_differences"] if name in one["explains"]]
+    if depth.broken[place]:
+        return "FAULT: not a number"
+    if depth.wrong[place]:
+        what = "does not arrive as in LAVIS" if depth.junction[place] else "more than rounding"
+        return f"FAULT: {what}{f' ({causes[0]})' if causes else ''}"
+    own = depth.arrival_error if depth.junction[place] else depth.local_error
+    return "bit-equal" if own[place] == 0 else "rounding alone"
+
+
+_DONE = {
+    "Rename": "renamed",
+    "FuseQueryValueBias": "fused",
+    "InterpolatePositions": "interpolated",
+    "Tied": "tied",
+    "Drop": "left out",
+    "Unused": "not used",
+}
+
+
+def _names(rows: list[list[Any]]) -> dict[str, Any]:
+    """The rows of the table of names, and how many there are of each operation."""
+    shown = [
+        (sources, target or "–", _DONE.get(kind, kind), " × ".join(map(str, shape)) or "–", file or "–")
+        for sources, target, kind, shape, file in rows
+    ]
+    done = [row[2] for row in shown]
+    return {"rows": shown, "operations": {word: done.count(word) for word in dict.fromkeys(done)}}
