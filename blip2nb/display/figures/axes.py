@@ -15,31 +15,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from blip2nb.display.figures.style import FAULT, HAIRLINE, HALO, INK, MUTED
-from blip2nb.display.figures.words import text_inches, tick_label, wrap_text
+from blip2nb.display.figures.words import as_plain_times, text_inches, tick_label, wrap_text
 
 ERROR_DECADES = (-8, 0)  # a relative error's axis, the same in every figure, so that two runs compare by eye
-
-
 LOGIT_DECADES = (-8, 2)  # differences in the logits' own units
-
-
 KL_DECADES = (-16, 1)  # goes with the square of the error
-
-
-def hatch_where(axes: Axes, where: np.ndarray, word: str) -> None:
-    for run in stretches(where):
-        axes.axvspan(run.start - 0.5, run.stop - 0.5, facecolor="none", edgecolor=MUTED, hatch="////", lw=0, zorder=0.8)
-        axes.patches[-1].set_gid("NaN")
-        if word:
-            axes.text((run.start + run.stop - 1) / 2, 0.96, word, transform=axes.get_xaxis_transform(), ha="center",
-                      va="top", size="small", weight="bold", color=FAULT, bbox=HALO)  # fmt: skip
-
-
-def stretches(where: np.ndarray) -> Iterator[slice]:
-    """The stretches of neighbours that are True."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], where, [False]]).astype(int)))
-    for start, stop in zip(edges[::2], edges[1::2], strict=True):
-        yield slice(int(start), int(stop))
 
 
 def log_axis(
@@ -109,6 +89,45 @@ def draw_markers(
             axes.add_line(mark)
 
 
+def draw_dumbbells(
+    axes: Axes,
+    values: np.ndarray,
+    decades: tuple[float, float],
+    threshold: float,
+    sides: tuple[str, str],
+    marks: tuple[str, str] = ("", ""),
+) -> None:
+    """A row for each pair of values, joined by a line, each with its number; those above the threshold are faults.
+
+    Args:
+        values: (rows, 2).
+        sides: what the first (a diamond) and the second (a disc) are.
+        marks: what stands before "NaN" to say whose it is.
+    """
+    rows = np.arange(len(values), dtype=float)
+    shown = on_axis(values, decades)
+    axes.hlines(rows, shown[:, 0], shown[:, 1], color=MUTED, lw=1.0)
+    size = 5.0 if matplotlib.rcParams["font.size"] > 8 else 4.0
+    for side, marker in enumerate("Do"):
+        for wrong in (False, True):
+            where = (values[:, side] > threshold) == wrong
+            draw_markers(axes, rows, values[:, side], where, marker, FAULT if wrong else INK, size, decades,
+                         sides[side], flip=True)  # fmt: skip
+    small = matplotlib.rcParams["xtick.labelsize"]
+    for row, side in np.ndindex(values.shape):
+        number, x = float(values[row, side]), float(shown[row, side])
+        if math.isnan(number):
+            axes.axhspan(row - 0.4, row + 0.4, facecolor="none", edgecolor=HAIRLINE, hatch="////", lw=0, zorder=0.8)
+            axes.patches[-1].set_gid("NaN")
+            axes.text(0.99, row, f"{marks[side]}NaN", transform=axes.get_yaxis_transform(), ha="right", va="center",
+                      size=small, weight="bold", color=FAULT, bbox=HALO)  # fmt: skip
+        elif number > 0:  # a zero stands on the row of those that are bit-equal
+            other = float(shown[row, 1 - side])
+            right = x > other or math.isnan(other) or (x == other and side == 1)
+            axes.annotate(as_plain_times(number), (x, row), (5 if right else -5, 0), textcoords="offset points",
+                          ha="left" if right else "right", va="center", size=small)  # fmt: skip
+
+
 def legend_key(marker: str, colour: str) -> Line2D:
     """A marker as the legend shows it; a white one is hollow. In grey a fault is paler than ink: hence its outline."""
     outlined = colour in ("white", FAULT)
@@ -140,3 +159,19 @@ def _across(needed: Sequence[float], columns: int) -> float:
 def add_title(picture: Figure, finding: str) -> None:
     """Constrained layout keeps room for a figure's title, but only this one, and does not look at its width."""
     picture.suptitle(wrap_text(finding, picture.get_figwidth() - 0.15, "figure.titlesize", "bold"), x=0.01, ha="left")
+
+
+def hatch_where(axes: Axes, where: np.ndarray, word: str) -> None:
+    for run in stretches(where):
+        axes.axvspan(run.start - 0.5, run.stop - 0.5, facecolor="none", edgecolor=MUTED, hatch="////", lw=0, zorder=0.8)
+        axes.patches[-1].set_gid("NaN")
+        if word:
+            axes.text((run.start + run.stop - 1) / 2, 0.96, word, transform=axes.get_xaxis_transform(), ha="center",
+                      va="top", size="small", weight="bold", color=FAULT, bbox=HALO)  # fmt: skip
+
+
+def stretches(where: np.ndarray) -> Iterator[slice]:
+    """The stretches of neighbours that are True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], where, [False]]).astype(int)))
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        yield slice(int(start), int(stop))

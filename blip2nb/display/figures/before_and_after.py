@@ -7,15 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from blip2nb.display.figures.axes import add_legend, add_title, draw_markers, legend_key, log_axis, on_axis
+from blip2nb.display.figures.axes import add_legend, add_title, draw_dumbbells, legend_key, log_axis
 from blip2nb.display.figures.style import FAULT, INK, MUTED, Arrays, Picture, Report, styled
-from blip2nb.display.figures.words import as_count, as_plain_times, as_times, to_floats
+from blip2nb.display.figures.words import as_count, as_times, to_floats
 from blip2nb.report import INFINITE
 
 _DRAWN_STAGES = 20
@@ -50,7 +48,7 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
     axes.axvspan(report["threshold"], 10 ** (decades[1] + 0.5), color=FAULT, alpha=0.07, linewidth=0)
     axes.axvline(1, color=MUTED, lw=0.8)
     axes.axvline(report["threshold"], color=INK, lw=0.8, ls=(0, (4, 2)))
-    _dumbbells(axes, values, decades, report["threshold"])
+    draw_dumbbells(axes, values, decades, report["threshold"], ("as shipped", "with the fix"))
     axes.set_yticks(range(len(drawn)), [move.name for move in drawn])
     axes.set_ylim(max(len(drawn), 1) - 0.4, -0.6)
     axes.set_xlabel("error ÷ its own rounding")
@@ -100,28 +98,6 @@ def _moves_finding(moves: list[_Move]) -> str:
     most = max(moves, key=lambda move: move.size)
     words = f"With the fix, {most.name} goes from {as_times(most.before)} to {as_times(most.after)} its own rounding"
     return words if len(moves) == 1 else f"{words}; {as_count(len(moves) - 1, 'other stage')} moved"
-
-
-def _dumbbells(axes: Axes, values: np.ndarray, decades: tuple[float, float], threshold: float) -> None:
-    y = np.arange(len(values), dtype=float)
-    before, after = values[:, 0], values[:, 1]
-    shown = on_axis(values, decades)
-    axes.hlines(y, shown[:, 0], shown[:, 1], color=MUTED, lw=1.0)
-    size = 5.0 if matplotlib.rcParams["font.size"] > 8 else 4.0
-    for column, marker, what in ((before, "D", "as shipped"), (after, "o", "with the fix")):
-        for bad in (False, True):
-            where = (column > threshold) == bad
-            draw_markers(axes, y, column, where, marker, FAULT if bad else INK, size, decades, what, flip=True)
-    small = matplotlib.rcParams["xtick.labelsize"]
-    for place, (one, other) in enumerate(shown):
-        right = one >= other or math.isnan(other)
-        for x, number, outwards in ((one, before[place], right), (other, after[place], not right)):
-            if math.isnan(number):
-                axes.text(0.99, place, "NaN", transform=axes.get_yaxis_transform(), ha="right", va="center",
-                          size=small, weight="bold", color=FAULT)  # fmt: skip
-            else:
-                axes.annotate(as_plain_times(number), (x, place), (5 if outwards else -5, 0), va="center", size=small,
-                              textcoords="offset points", ha="left" if outwards else "right")  # fmt: skip
 
 
 def alt_text(report: Report, arrays: Arrays) -> str:

@@ -244,7 +244,7 @@ def _cloud(picture: Figure, axes: Axes, signature: _Signature, wide: bool) -> No
     axes.set_ylabel("residual: transformers − LAVIS")
     bar = picture.colorbar(hexagons, ax=axes, pad=0.02, aspect=30)
     bar.set_label("values in a hexagon")
-    decades = 10.0 ** np.arange(np.log10(hexagons.norm.vmax or 1) + 1e-9)
+    decades = 10.0 ** np.arange(float(np.log10(hexagons.norm.vmax or 1.0)) + 1e-9)
     bar.ax.yaxis.set_major_locator(FixedLocator(decades.tolist()))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}".replace(",", " ")))

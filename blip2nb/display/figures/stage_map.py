@@ -307,8 +307,9 @@ def _size(kind: str) -> float:
 
 
 def _box_lines(box: _Box, room: float) -> tuple[_Line, ...]:
-    fits = text_inches(box.label, _size("name"), "bold") + text_inches(box.words, _size("fare"), "bold") + 0.12 < room
-    lines = [_Line("name", box.label, box.words if fits else "")]
+    label = _shortened(box.label, room, "name")
+    fits = text_inches(label, _size("name"), "bold") + text_inches(box.words, _size("fare"), "bold") + 0.12 < room
+    lines = [_Line("name", label, box.words if fits else "")]
     if not fits:
         lines += [_Line("fare", line) for line in wrap_text(box.words, room, "xtick.labelsize", "bold").split("\n")]
     lines += _place_lines(box, room)
@@ -325,19 +326,20 @@ def _place_lines(box: _Box, room: float) -> list[_Line]:
     return [_Line("LAVIS", _shortened(box.reference, names)), _Line("transformers", _shortened(box.module, names))]
 
 
-def _shortened(path: str, room: float) -> str:
+def _shortened(path: str, room: float, kind: str = "places") -> str:
     """A path that is too long loses words in its middle: its ends say most."""
+    size, weight = _size(kind), "bold" if kind == "name" else "normal"
     words = path.split(".")
-    for gone in range(len(words) - 1):
+    for gone in range(max(len(words) - 1, 1)):
         head = (len(words) - gone) // 2
         ends = [".".join(words[:head]), ".".join(words[head + gone :])]
         shorter = "…".join(ends) if gone else path
-        if text_inches(shorter, _size("LAVIS")) <= room:
+        if text_inches(shorter, size, weight) <= room:
             return shorter
     last = words[-1]
-    while len(last) > 1 and text_inches(f"…{last}", _size("LAVIS")) > room:
+    while len(last) > 1 and text_inches(f"…{last}", size, weight) > room:
         last = last[1:]
-    return f"…{last}" if len(words) > 1 or last != words[-1] else last
+    return last if last == path else f"…{last}"
 
 
 def _columns(placed: Sequence[_Placed], count: int) -> list[list[_Placed]]:
@@ -387,7 +389,8 @@ def _draw_part(axes: Axes, placed: _Placed, left: float, across: float, y: float
             left, y, across, placed.inner, facecolor="#F7F7F7", edgecolor=HAIRLINE, linewidth=0.6, zorder=1
         )
         axes.add_patch(frame)
-        axes.text(left + 2 * _PAD, y + _PAD + _line_height("part") / 2, placed.part.name, va="center", color=MUTED,
+        name = _shortened(placed.part.name, across - 4 * _PAD, "part")
+        axes.text(left + 2 * _PAD, y + _PAD + _line_height("part") / 2, name, va="center", color=MUTED,
                   size=_size("part"))  # fmt: skip
         y += _PAD + _line_height("part")
         left, across = left + _PAD, across - 2 * _PAD

@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from blip2nb.display.difference import Difference, Move, compare_reports, excesses
-from blip2nb.display.figures.axes import draw_markers, legend_key, log_axis, on_axis
-from blip2nb.display.figures.style import FAULT, HAIRLINE, HALO, INK, MUTED, Arrays, Picture, Report, style
-from blip2nb.display.figures.words import as_count, as_number, as_plain_times, first_few, text_inches, wrap_text
+from blip2nb.display.figures.axes import draw_dumbbells, legend_key, log_axis
+from blip2nb.display.figures.style import FAULT, HALO, INK, MUTED, Arrays, Picture, Report, style
+from blip2nb.display.figures.words import as_count, as_number, first_few, text_inches, wrap_text
 from blip2nb.report import INFINITE
 from blip2nb.report import Report as WholeReport
 
@@ -113,34 +113,10 @@ def _draw_stages(
         axes.set_yticks([])
         axes.text(0.5, 0.5, "(no stage moved)", transform=axes.transAxes, ha="center", va="center", color=MUTED,
                   bbox=HALO)  # fmt: skip
-    _dumbbells(axes, values, decades, threshold)
+    draw_dumbbells(axes, values, decades, threshold, ("A", "B"), ("A: ", "B: "))
     keys = {"A": legend_key("D", INK), "B": legend_key("o", INK), "above the threshold": legend_key("s", FAULT)}
     page.legend(list(keys.values()), list(keys), loc="lower left", ncols=3, borderpad=0, handlelength=1.2,
                 bbox_to_anchor=(0.1 / width, 1 - (top + steep - 1.1 * size) / height), borderaxespad=0)  # fmt: skip
-
-
-def _dumbbells(axes: Axes, values: np.ndarray, decades: tuple[float, float], threshold: float) -> None:
-    rows = np.arange(len(values), dtype=float)
-    shown = on_axis(values, decades)
-    axes.hlines(rows, shown[:, 0], shown[:, 1], color=MUTED, lw=1.0)
-    size = 5.0 if matplotlib.rcParams["font.size"] > 8 else 4.0
-    for side, marker, what in ((0, "D", "A"), (1, "o", "B")):
-        for wrong in (False, True):
-            where = (values[:, side] > threshold) == wrong
-            draw_markers(axes, rows, values[:, side], where, marker, FAULT if wrong else INK, size, decades, what,
-                         flip=True)  # fmt: skip
-    small = matplotlib.rcParams["xtick.labelsize"]
-    for row, side in np.ndindex(values.shape):
-        number, x = float(values[row, side]), float(shown[row, side])
-        if math.isnan(number):
-            axes.axhspan(row - 0.4, row + 0.4, facecolor="none", edgecolor=HAIRLINE, hatch="////", lw=0, zorder=0.8)
-            axes.patches[-1].set_gid("NaN")
-            axes.text(0.99, row, f"{'AB'[side]}: NaN", transform=axes.get_yaxis_transform(), ha="right", va="center",
-                      size=small, weight="bold", color=FAULT, bbox=HALO)  # fmt: skip
-        elif number > 0:  # a zero stands on the row of those that are bit-equal
-            right = not x < shown[row, 1 - side]
-            axes.annotate(as_plain_times(number), (x, row), (5 if right else -5, 0), textcoords="offset points",
-                          ha="left" if right else "right", va="center", size=small)  # fmt: skip
 
 
 def _words(found: Difference) -> list[tuple[str, str, str]]:
