@@ -8,12 +8,12 @@ MODEL ?= tiny-blip2-opt-2.7b
 BOOK := docs/_build
 
 # How a notebook goes into git: without outputs, and without what Jupyter, papermill and widgets note down while it runs.
-STRIP := -m nbstripout --keep-id --drop-tagged-cells injected-parameters --extra-keys "metadata.papermill \
-	cell.metadata.papermill metadata.language_info.codemirror_mode metadata.language_info.file_extension \
-	metadata.language_info.mimetype metadata.language_info.nbconvert_exporter \
-	metadata.language_info.pygments_lexer metadata.language_info.version"
+STRIP := -m nbstripout --keep-id --drop-tagged-cells injected-parameters \
+	--extra-keys "metadata.papermill cell.metadata.papermill \
+	metadata.language_info.codemirror_mode metadata.language_info.file_extension metadata.language_info.mimetype \
+	metadata.language_info.nbconvert_exporter metadata.language_info.pygments_lexer metadata.language_info.version"
 
-.PHONY: help demo test extended lint lab setup lavis twins tapes picture docs strip bench clean
+.PHONY: help demo test extended lint lab setup lavis twins tapes picture docs filter strip bench clean
 .NOTPARALLEL:  # two notebooks at once would write to one run
 
 help:  ## what can be made
@@ -57,8 +57,14 @@ picture: demo  ## the picture in the README
 	cp outputs/$(MODEL)/figures/depth_trace.png docs/depth_trace.png
 
 docs: $(patsubst %,$(BOOK)/source/%,$(wildcard notebooks/*.ipynb))  ## run every notebook and bind them as a book to read offline
+	@rm -rf $(BOOK)/html $(filter-out $^,$(wildcard $(BOOK)/source/notebooks/*))
 	@$(BIN)/python -m sphinx -q -W --keep-going -c docs $(BOOK)/source $(BOOK)/html
 	@echo "  book      $(BOOK)/html/index.html"
+
+filter:  # the filter that .gitattributes names. Not required: without .venv, git says so and takes notebooks as they are
+	@git config filter.nbstripout.clean '$(BIN)/python $(STRIP)'
+	@git config filter.nbstripout.smudge cat
+	@git config filter.nbstripout.required false
 
 strip: .venv/dev.done  ## take the outputs off the notebooks, as git does on `git add`
 	@for notebook in notebooks/*.ipynb; do \
@@ -79,15 +85,12 @@ clean:  ## remove the environments, the book and everything in outputs/
 
 .venv/dev.done: .venv/main.done
 	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,docs]'
-	@# the filter that .gitattributes names. It is not required: without .venv git says so and takes notebooks as they are
-	@test ! -e .git || { git config filter.nbstripout.clean '$(BIN)/python $(STRIP)' && \
-		git config filter.nbstripout.smudge cat && git config filter.nbstripout.required false; } || \
-		echo "git would not take the filter for notebooks: strip them with 'make strip' before committing."
+	@test ! -e .git || $(MAKE) --silent filter || echo "git took no filter: 'make strip' before you commit notebooks."
 	@touch $@
 
 # lavis.ipynb is run once its kernel is there, and again when the kernel is made; until then it is shown as it is.
-$(BOOK)/source/notebooks/lavis.ipynb: $(wildcard .venv-lavis/lavis.done)
-$(BOOK)/source/notebooks/%.ipynb: notebooks/%.ipynb $(shell find blip2nb -name '*.py') | .venv/dev.done
+$(BOOK)/source/notebooks/lavis.ipynb: $(wildcard .venv/share/jupyter/kernels/lavis/kernel.json)
+$(BOOK)/source/notebooks/%.ipynb: notebooks/%.ipynb $(wildcard blip2nb/*.py blip2nb/*/*.py) | .venv/dev.done
 	@mkdir -p $(@D)
 	@if [ $* = lavis ] && ! $(BIN)/jupyter kernelspec list 2>/dev/null | grep -q '^ *lavis '; then cp $< $@; else \
 		echo "  running   $<"; \

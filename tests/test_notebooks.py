@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from blip2nb.variants import variant
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+STEPS = [path for path in NOTEBOOKS if path.stem not in ("convert", "lavis")]
 PAPERMILL = [str(Path(sys.executable).parent / "papermill")]
 
 
@@ -44,11 +46,11 @@ def executed(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_committed_clean_and_has_one_cell_of_parameters(path):
+def test_a_notebook_has_the_form_of_all(path):
     notebook = nbformat.read(path, 4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    prose = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
     tagged = [cell for cell in code if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
     assert code.index(tagged[0]) == 0
@@ -56,12 +58,30 @@ def test_a_notebook_is_committed_clean_and_has_one_cell_of_parameters(path):
     assert all(": " in line and " = " in line and "  # " in line for line in lines), "annotated scalars, a comment each"
     assert notebook.metadata.kernelspec.name == ("lavis" if path.stem == "lavis" else "python3")
     assert notebook.cells[0].source.startswith("# ")
-    assert sum(cell.source.startswith("# ") for cell in notebook.cells if cell.cell_type == "markdown") == 1
+    assert sum(cell.source.startswith("# ") for cell in prose) == 1
+    assert sum(cell.source.startswith("## ") for cell in prose) >= 3
     assert code[-1].source.startswith("assert ")
     assert "check_notebook" in code[1].source
-    prose = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
-    assert len(prose) >= len(code) - 3
-    assert sorted(len(cell.source.splitlines()) for cell in code)[len(code) // 2] <= 7
+    assert not any("check_notebook" in cell.source for cell in code[2:])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_an_essay_with_short_cells_of_code(path):
+    cells = nbformat.read(path, 4).cells
+    code = sorted(len(cell.source.splitlines()) for cell in cells if cell.cell_type == "code")
+    assert sum(cell.cell_type == "markdown" for cell in cells) > len(code)
+    assert statistics.median(code) <= 7
+    assert statistics.quantiles(code, n=10)[-1] <= 20
+
+
+@pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
+def test_a_step_shows_the_packages_own_source_and_ends_with_two_exercises(path):
+    cells = nbformat.read(path, 4).cells
+    assert any("show_source(" in cell.source for cell in cells if cell.cell_type == "code")
+    prose = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    exercises = next(number for number, text in enumerate(prose) if "xercises" in text)
+    assert "\n".join(prose[exercises:]).count("<summary>") == 2
+    assert sum("assert " in cell.source for cell in cells if cell.cell_type == "code") >= 3
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -93,7 +93,7 @@ def test_figures_that_cannot_be_drawn_are_told_apart_from_those_there_are_not(co
     report = api.verify(converted(OPT), proof="weights", output=tmp_path, figures=False)
     assert "was not compared" in report.figure("depth_trace")
     assert report.figure("files").get_size_inches()[0] == pytest.approx(7)
-    with pytest.raises(RequestError, match="there are files"):
+    with pytest.raises(RequestError, match="there are stage_map"):
         report.figure("nothing")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,23 +33,34 @@ def load(folder: Path) -> Loaded:
     """
     import torch
     from transformers import AutoProcessor, Blip2ForConditionalGeneration
-    from transformers.utils import logging as transformers_logging
 
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it warns that T5's lm_head stays untied, which is what is wanted
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model, info = Blip2ForConditionalGeneration.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-            )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    with _quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, info = Blip2ForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
             raise RequestError(f"{folder} does not load whole: {what.replace('_', ' ')}: {sorted(info[what])[:3]}.")
     processor = AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     return Loaded(model.eval(), processor)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warning that T5's lm_head stays untied, which is what is wanted, and without its bar, which
+    in an executed notebook is a widget that stands at 0 %."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def forward_inputs(loaded: Loaded, variant: Variant, image: Image, texts: dict[str, list[str]]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _read_zip(path: Path, file: IO[bytes]) -> Any:
             storages[key] = _Storage(kind, count, _data_start(file, info), info.CRC)
         return storages[key]
 
-    content = _Unpickler(io.BytesIO(_record(file, records["data.pkl"])), storage).load()
+    content = RestrictedUnpickler(io.BytesIO(_record(file, records["data.pkl"])), storage).load()
     return _placed(path, content, {})
 
 
@@ -154,14 +154,14 @@ def _read_legacy(path: Path, file: IO[bytes]) -> Any:
         return storages.setdefault(key, _Storage(kind, count))
 
     try:
-        magic, protocol, system = (_Unpickler(file, storage).load() for _ in range(3))
+        magic, protocol, system = (RestrictedUnpickler(file, storage).load() for _ in range(3))
     except pickle.UnpicklingError as error:
         raise ValueError(f"{error}; neither a zip archive nor PyTorch's older format") from error
     if magic != _LEGACY_MAGIC or protocol != _LEGACY_PROTOCOL or not system["little_endian"]:
         raise ValueError("it does not begin as a PyTorch file does")
-    content = _Unpickler(file, storage).load()
+    content = RestrictedUnpickler(file, storage).load()
     end = path.stat().st_size
-    for key in _Unpickler(file, storage).load():
+    for key in RestrictedUnpickler(file, storage).load():
         (count,) = struct.unpack("<q", file.read(8))
         one = storages[key]
         size = SIZES.get(one.dtype) or _OTHER_SIZES[one.dtype]
@@ -177,7 +177,7 @@ def _read_legacy(path: Path, file: IO[bytes]) -> Any:
 # -- the structure
 
 
-class _Unpickler(pickle.Unpickler):
+class RestrictedUnpickler(pickle.Unpickler):
     """Reads plain values, and knows of no more than the names in `_KNOWN`."""
 
     def __init__(self, file: Any, storage: Any):
