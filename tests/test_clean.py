@@ -484,7 +484,8 @@ def test_the_notebook_keeps_the_report_alone_and_runs_again(tmp_path: Path):
             cwd=ROOT / "notebooks", capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-1500:]
-        assert {path.name for path in (tmp_path / TWIN).iterdir()} == {"report.json", "arrays.safetensors", "figures"}
+        left = {"report.json", "arrays.safetensors", "report.html", "figures"}
+        assert {path.name for path in (tmp_path / TWIN).iterdir()} == left
         assert json.loads((tmp_path / TWIN / "report.json").read_text())["verdict"] == "explained"
         cells = [cell for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells if cell.cell_type == "code"]
         said = ["".join(output.get("text", "") for output in cell.outputs) for cell in cells]

@@ -1,11 +1,14 @@
 """Every notebook, through the real papermill and real kernels, as people type it."""
 
+import dataclasses
+import itertools
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -19,6 +22,10 @@ from blip2nb.variants import variant
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+OWN_KERNEL = [path for path in NOTEBOOKS if path.stem != "lavis"]
+TWO = ("tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl")
+PICTURES = {"convert": 9, "05_activations": 7, "01_what_is_in_a_checkpoint": 0}
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two run at a time
 STEPS = [path for path in NOTEBOOKS if path.stem not in ("convert", "lavis")]
 PAPERMILL = [str(Path(sys.executable).parent / "papermill")]
 
@@ -94,32 +101,81 @@ def test_papermill_lists_each_parameter_with_its_comment(path):
     assert "which model" in shown.stdout
 
 
-@pytest.mark.parametrize(("model", "start"), [("tiny-blip2-opt-2.7b", "notebooks"), ("tiny-blip2-flan-t5-xl", ".")])
-def test_convert_runs_twice_in_a_row_from_either_folder(model, start, tmp_path):
-    notebook = Path("convert.ipynb") if start == "notebooks" else Path("notebooks/convert.ipynb")
-    parameters = ["-p", "model_name", model, "-p", "output_dir", tmp_path]
-    first = papermill(notebook, tmp_path / "first.ipynb", *parameters, cwd=ROOT / start)
-    assert first.returncode == 0, first.stderr[-1500:]
-    text, pictures = executed(tmp_path / "first.ipynb")
-    assert f"{model}: explained" in text
-    assert pictures == 7
-    run = tmp_path / model
-    report = json.loads((run / "report.json").read_text())
-    assert report["verdict"] == "explained"
-    assert {path.suffix for path in (run / "figures").iterdir()} == {".png", ".svg"}
-    written = (run / "model" / "model.safetensors").stat().st_mtime_ns
+@dataclasses.dataclass(frozen=True)
+class Executed:
+    """What became of a notebook that was run twice, once from each folder people run it from."""
 
-    second = papermill(notebook, *parameters, cwd=ROOT / start)  # no output path: the notebook goes to standard output
-    assert second.returncode == 0, second.stderr[-1500:]
-    assert any("explained" in str(cell.get("outputs")) for cell in nbformat.reads(second.stdout, 4).cells)
-    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == written, "the same conversion is not done twice"
+    outputs: Path
+    ends: tuple[subprocess.CompletedProcess, subprocess.CompletedProcess]
+    written: tuple[dict[Path, int], dict[Path, int]]
+    notebooks: tuple[Path, Path]
 
 
-def test_a_misspelt_parameter_is_refused_before_anything_runs(tmp_path):
-    done = papermill("convert.ipynb", tmp_path / "out.ipynb", "-p", "modelname", "x", cwd=ROOT / "notebooks")
+def run_twice(path, model, folder):
+    """From the root, then from notebooks/, into the same outputs."""
+    outputs = folder / "outputs"
+    ends, written, notebooks = [], [], []
+    for number, start in enumerate((ROOT, ROOT / "notebooks"), 1):
+        notebooks.append(folder / f"{number}.ipynb")
+        ends.append(
+            papermill(
+                path.relative_to(ROOT) if start == ROOT else path.name, notebooks[-1],
+                "-p", "model_name", model, "-p", "output_dir", outputs, cwd=start, environment=ONE_THREAD,
+            )
+        )  # fmt: skip
+        written.append({path: path.stat().st_mtime_ns for path in outputs.glob("*/model/*.safetensors")})
+    return Executed(outputs, tuple(ends), tuple(written), tuple(notebooks))
+
+
+@pytest.fixture(scope="module")
+def executions(tmp_path_factory):
+    """Every notebook on an OPT and a T5 twin, two at a time, begun before the first is asked for."""
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {}
+        for path, model in itertools.product(OWN_KERNEL, TWO):
+            folder = tmp_path_factory.mktemp(path.stem)
+            jobs[path.stem, model] = pool.submit(run_twice, path, model, folder)
+        yield jobs
+        for job in jobs.values():
+            job.cancel()
+
+
+@pytest.mark.parametrize("model", TWO)
+@pytest.mark.parametrize("path", OWN_KERNEL, ids=lambda path: path.stem)
+def test_a_notebook_runs_twice_in_a_row_from_either_folder(path, model, executions):
+    done = executions[path.stem, model].result()
+    for end, notebook in zip(done.ends, done.notebooks, strict=True):
+        assert end.returncode == 0, end.stderr[-1500:]
+        cells = [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+        assert all(cell.execution_count for cell in cells)
+        text, pictures = executed(notebook)
+        assert "Traceback" not in text
+        assert pictures >= PICTURES.get(path.stem, 1)
+    assert any(done.outputs.iterdir()), "outputs go where they were asked to go"
+    assert done.written[0] == done.written[1], "the same conversion is not done twice"
+
+
+def test_convert_leaves_report_page_and_figures(executions):
+    for model in TWO:
+        run = executions["convert", model].result().outputs / model
+        report = json.loads((run / "report.json").read_text())
+        assert report["verdict"] == "explained"
+        assert (run / "report.html").is_file()
+        assert {path.suffix for path in (run / "figures").iterdir()} == {".png"}
+
+
+def test_without_an_output_path_the_notebook_goes_to_standard_output(tmp_path):
+    done = papermill("03_fuse_q_and_v_biases.ipynb", "-p", "output_dir", tmp_path, cwd=ROOT / "notebooks")
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert any(cell.get("outputs") for cell in nbformat.reads(done.stdout, 4).cells)
+
+
+@pytest.mark.parametrize("path", OWN_KERNEL, ids=lambda path: path.stem)
+def test_a_misspelt_parameter_is_refused_before_anything_runs(path, tmp_path):
+    done = papermill(path, tmp_path / "out.ipynb", "-p", "outputdir", tmp_path / "x", cwd=tmp_path)
     assert done.returncode != 0
-    assert "no parameter 'modelname'. Did you mean 'model_name'?" in done.stderr
-    assert not (tmp_path / "x").exists()
+    assert "no parameter 'outputdir'. Did you mean 'output_dir'?" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"]
 
 
 @pytest.mark.parametrize(

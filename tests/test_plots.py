@@ -444,7 +444,7 @@ def test_alt_texts_hold_the_numbers() -> None:
 def test_what_there_is_no_data_for_is_skipped(tmp_path: Any) -> None:
     bare = {**REPORTS["pass"], "stages": [], "logits": None, "captions": None, "pixel_values": None, "fusion": None}
     assert plots.available(bare, {}) == ["files"]
-    assert [path.name for path in plots.save(bare, {}, tmp_path)] == ["files.png", "files.svg"]
+    assert [path.name for path in plots.save(bare, {}, tmp_path)] == ["files.png"]
     assert plots.available(REPORTS["fault"], ARRAYS) == list(plots.FIGURES)
     assert "logits" not in plots.available(REPORTS["fault"], {k: v for k, v in ARRAYS.items() if k != "logits/kl"})
     unfixed = copy.deepcopy(REPORTS["pass"])

@@ -24,7 +24,7 @@ from PIL import Image
 
 from blip2nb.display import plots, text
 from blip2nb.display.figures.depth import Depth
-from blip2nb.display.figures.style import Arrays, Report, style
+from blip2nb.display.figures.style import Arrays, Report
 from blip2nb.display.figures.words import as_bytes, as_count, as_number, as_percent, as_times
 from blip2nb.variants import variant
 
@@ -81,8 +81,8 @@ def _source_hash(source: Markup) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """A dotted name that may go on in the next line behind a dot."""
-    return Markup("<wbr>").join(re.split(r"(?<=\.)", name))
+    """A dotted name that may go on in the next line with its last two parts. Every such place costs a browser time."""
+    return Markup("<wbr>").join(re.split(r"(?<=\.)(?=[^.]+\.[^.]+$)", name))
 
 
 # -- what it means
@@ -284,8 +284,8 @@ _READING = {
     ),
     "signature": (
         "The signature of the difference",
-        "The difference against LAVIS's own value. A level line off zero is a bias, a slope is a scale, a curve another "
-        "function; a shapeless cloud is rounding.",
+        "The difference against LAVIS's own value. A level line off zero is a bias, a slope is a scale, a curve is "
+        "another function; a shapeless cloud is rounding.",
     ),
 }  # fmt: skip
 """Name -> (title, how to read it), in the order of the page."""
@@ -321,11 +321,10 @@ _COLUMNS = {
 
 
 def _png(name: str, report: Report, arrays: Arrays, width: float) -> bytes:
-    """Sharp where it is shown: about two pixels of the file for each of a desk's, three for a phone's."""
+    """Sharp where it is shown: at least two pixels of the file for each of the page's."""
     buffer = io.BytesIO()
-    picture = plots.FIGURES[name](report, arrays, width)
-    with style(width):
-        picture.savefig(buffer, format="png", dpi=200 if width == _WIDE else 320)
+    picture, dpi = plots.FIGURES[name](report, arrays, width), 200 if width == _WIDE else 256
+    plots.write_picture(picture, buffer, "png", dpi, pil_kwargs={"compress_level": 1})  # it is read again at once
     return buffer.getvalue()
 
 
@@ -334,7 +333,7 @@ def _picture(png: bytes) -> _Picture:
     with Image.open(io.BytesIO(png)) as image:
         small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
-    small.save(buffer, "PNG", optimize=True)
+    small.save(buffer, "PNG", compress_level=6)
     data = base64.b64encode(buffer.getvalue()).decode()
     return _Picture(f"data:image/png;base64,{data}", *small.size)
 

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 from matplotlib.figure import Figure
 
@@ -79,7 +79,7 @@ def save(
     arrays: Arrays,
     folder: Path,
     widths: Sequence[float] = (7.0,),
-    formats: Sequence[str] = ("png", "svg"),
+    formats: Sequence[str] = ("png",),
 ) -> list[Path]:
     """Write every figure for which there is data, and return the paths.
 
@@ -104,9 +104,20 @@ def save(
 
 def save_picture(picture: Figure, path: Path, name: str, alt: str) -> Path:
     """Write one picture, of a kind that its path's ending says, with its name and alt text in it. Returns the path."""
-    with style(picture.get_figwidth()):
-        picture.savefig(path, dpi=200, metadata=_metadata(path.suffix[1:], name, alt))
+    write_picture(picture, path, path.suffix[1:], metadata=_metadata(path.suffix[1:], name, alt))
     return path
+
+
+def write_picture(picture: Figure, target: Path | IO[bytes], kind: str, dpi: int = 200, **options: Any) -> None:
+    """Write one picture to a path or a file. Its layout is settled first and then kept: matplotlib would settle it by
+    drawing the whole picture once more for each file."""
+    with style(picture.get_figwidth()):
+        layout = picture.get_layout_engine()
+        if layout is not None:
+            picture.set_dpi(dpi)
+            layout.execute(picture)
+            picture.set_layout_engine("none")
+        picture.savefig(target, format=kind, dpi=dpi, **options)
 
 
 def export(report: Report, arrays: Arrays, folder: Path) -> list[Path]:

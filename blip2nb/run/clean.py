@@ -29,7 +29,16 @@ _LAVIS, _HUGGING_FACE = "lavis", "huggingface"
 _TAKEN = (MODELS, UNFINISHED, TWINS, DOWNLOADS, _LAVIS, _HUGGING_FACE)  # a run may be called so too
 
 _TAPE = "tape.safetensors"
-_REST = ("report.json", "arrays.safetensors", "report.html", "figures", "run.json", "lavis.ipynb", "request")
+_REST = (
+    "report.json",
+    "arrays.safetensors",
+    "activations.safetensors",
+    "report.html",
+    "figures",
+    "run.json",
+    "lavis.ipynb",
+    "request",
+)
 _HIDDEN = re.compile(r"\.(.+)\.(partial|old|removed|lock)")  # beside a directory that is written or removed whole
 _TWIN = re.compile(r"tiny-.+-r\d+")
 

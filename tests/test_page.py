@@ -1,0 +1,456 @@
+"""report.html: what a colleague is sent says everything, runs nothing foreign, and gives nothing away."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import functools
+import hashlib
+import io
+import itertools
+import re
+import tempfile
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_up import ARRAYS_OF, BROKEN, REPORTS, arrays
+from PIL import Image
+
+from blip2nb import api
+from blip2nb.display import page, plots, text
+from blip2nb.runs import Run
+from blip2nb.variants import variant
+from blip2nb.weights.mapping import entries
+
+TWIN = "tiny-blip2-opt-2.7b"
+
+# ------------------------------------------------------------------------------------------------ made-up reports
+
+
+def whole(report: dict[str, Any], model: str = TWIN, unused: int = 5) -> dict[str, Any]:
+    """A made-up report with the rest of what a verification writes."""
+    names = [[list(e.sources), e.target or "", e.kind, list(e.shape), "eva_vit_g.pth"] for e in entries(variant(model))]
+    names += [[[f"visual_encoder.blocks.39.unused.{n}"], "", "Unused", [], ""] for n in range(unused)]
+    same = {"equal": [True] * 3}
+    known = {
+        "id": "post_layernorm_eps", "stage": "vision.post_layernorm", "module": "vision_model.post_layernorm",
+        "attribute": "eps", "lavis": 1e-5, "transformers": 1e-6, "words": "eps of the post layer norm",
+        "why": "They are built with another number.", "fix": "model.vision_model.post_layernorm.eps = 1e-5",
+        "explains": ["vision.post_layernorm"],
+        "counter_test": {"local_error": [1e-5, 0.0], "excess": [12.7, 1.0]},
+    }  # fmt: skip
+    return {
+        **report,
+        "model_name": model, "proof": "both", "seconds": 3.67, "summary": "The same model but for one known cause.",
+        "known_differences": [known] if report["verdict"] == "explained" else [], "attribute_differences": [],
+        "weights": {**report["weights"], "modules_checked": 241, "misshapen": [], "roundtrip_differences": [],
+                    "modules_different": [], "names": names},
+        "logits": {**report["logits"], "top1_agreement": 1.0, "fixed": {"relative": 3e-7}},
+        "captions": {**report["captions"], "equal": True, "modes": {"greedy": same, "beams": same, "default": same}},
+        "versions": {"checked with": {"blip2nb": "0.1.0", "torch": "2.15.0"}, "reference": {"torch": "2.14.1"}},
+    }  # fmt: skip
+
+
+def full_arrays() -> dict[str, np.ndarray]:
+    """As many values as a model of full size has: 257 patches, 1408 channels."""
+    rng, value = np.random.default_rng(2), dict(ARRAYS_OF["full T5"])
+    for name, errors in value.items():
+        if name.startswith("tokens/vision"):
+            value[name] = (np.nanmedian(errors) * 10 ** rng.normal(0, 0.3, 257)).astype(np.float32)
+        if name.startswith("tokens/qformer"):
+            value[name] = (np.nanmedian(errors) * 10 ** rng.normal(0, 0.3, 32)).astype(np.float32)
+    ours = rng.normal(0, 1, (257, 1408)).astype(np.float32)
+    return value | {
+        **arrays(width=1408), "examined/lavis": ours,
+        "examined/transformers": (ours * 1.001 + rng.normal(0, 1e-4, ours.shape)).astype(np.float32),
+        "pixels/image": np.asarray(Image.effect_mandelbrot((224, 224), (-2, -1.5, 1, 1.5), 60).convert("RGB")),
+        "pixels/default": rng.integers(-1, 2, (3, 224, 224)).astype(np.int8),
+    }  # fmt: skip
+
+
+def weights_only(complete_with: str = "blip2nb capture x") -> dict[str, Any]:
+    bare = {"stages": [], "logits": None, "captions": None, "pixel_values": None, "fusion": None, "examined": None}
+    value = {**whole(REPORTS["pass"]), **bare, "proof": "weights", "verdict": "weights_only", "sequences": {}}
+    return {**value, "complete_with": complete_with, "provenance": {**value["provenance"], "reference": None}}
+
+
+def diverging() -> dict[str, Any]:
+    value = whole(REPORTS["two faults"])
+    value["weights"]["modules_different"] = [f"module {n} is not its counterpart" for n in range(30)]
+    return {**value, "verdict": "diverges", "known_differences": []}
+
+
+FULL = whole(REPORTS["full T5"], "blip2-flan-t5-xl", 39)
+FULL["known_differences"] = []
+FULL["verdict"] = "diverges"
+FULL_ARRAYS = full_arrays()
+CASES: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {
+    "match": (whole(REPORTS["pass"]), ARRAYS_OF["pass"]),
+    "explained": (whole(REPORTS["fault"]), ARRAYS_OF["fault"]),
+    "diverges": (diverging(), ARRAYS_OF["two faults"]),
+    "weights_only": (weights_only(), {}),
+    "NaN": ({**whole(REPORTS["NaN"]), "verdict": "diverges"}, ARRAYS_OF["NaN"]),
+    "full": (FULL, FULL_ARRAYS),
+}
+
+# ------------------------------------------------------------------------------------------------ reading a page
+
+
+class Element:
+    def __init__(self, tag: str, attributes: dict[str, str]) -> None:
+        self.tag, self.attributes, self.parts = tag, attributes, [""]
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.parts).split())
+
+
+class Read(HTMLParser):
+    """The elements of a page in order, each with the text in it. Whatever is not closed in order is an error."""
+
+    VOID = frozenset({"meta", "img", "source", "br", "wbr", "col", "input"})
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.elements: list[Element] = []
+        self._open: list[Element] = []
+        self.feed(source)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        element = Element(tag, {name: value or "" for name, value in attrs})
+        self.elements.append(element)
+        if tag not in self.VOID:
+            self._open.append(element)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop().tag == tag
+
+    def handle_data(self, data: str) -> None:
+        for element in self._open:
+            element.parts.append(data)
+
+    def all(self, *tags: str) -> list[Element]:
+        return [element for element in self.elements if element.tag in tags]
+
+    def rows(self, kind: str) -> list[list[str]]:
+        """The cells of all tables of that class, without their heads."""
+        rows: list[list[str]] = []
+        inside = False
+        for element in self.elements:
+            if element.tag == "table":
+                inside = kind in element.attributes.get("class", "").split()
+            elif element.tag == "tr" and inside:
+                rows.append([])
+            elif element.tag in ("th", "td") and inside and element.attributes.get("scope") != "col":
+                rows[-1].append(element.text)
+        return [row for row in rows if row]
+
+
+@functools.cache
+def source(case: str) -> str:
+    return page.render(*CASES[case])
+
+
+@functools.cache
+def read(case: str) -> Read:
+    return Read(source(case))
+
+
+# ------------------------------------------------------------------------------------------------------ the words
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_verdict_in_words_comes_first(case: str) -> None:
+    report, elements = CASES[case][0], read(case).elements
+    title = next(element for element in elements if element.tag == "h1")
+    assert title.text.lower() == f"{report['model_name']} {text.VERDICTS[report['verdict']]}".lower()
+    summary = next(n for n, e in enumerate(elements) if e.attributes.get("class") == "summary")
+    assert elements[summary].text == report["summary"]
+    assert summary < next(n for n, element in enumerate(elements) if element.tag == "h2")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_numbers_are_those_that_show_prints(case: str) -> None:
+    assert set(text.numbers(CASES[case][0])) <= {tuple(row) for row in read(case).rows("key")}
+
+
+def test_what_is_explained_comes_with_its_remedy_and_how_to_caption() -> None:
+    said = {element.text for element in read("explained").all("dd")}
+    code = [element.text for element in read("explained").all("pre")]
+    assert "Yes, as it is. With the line below, set after loading, the difference is gone too." in said
+    assert any("differ from LAVIS's by 4e-6 of their size" in one and "3e-7" in one for one in said)
+    assert code[0] == "model.vision_model.post_layernorm.eps = 1e-5"
+    assert "from_pretrained('model') model.vision_model.post_layernorm.eps = 1e-5 # eps of the post layer" in code[1]
+    compile(page._usage(CASES["explained"][0]), "usage", "exec")
+
+
+def test_captions_that_change_are_not_called_safe() -> None:
+    report = copy.deepcopy(CASES["explained"][0])
+    report["captions"]["equal"] = False
+    assert "Without it, some of its words are not LAVIS's" in page._safe(report)
+
+
+def test_where_it_first_goes_wrong_and_why() -> None:
+    report, found = CASES["diverges"][0], read("diverges")
+    first = report["first_divergence"]
+    rows = dict(row for row in found.rows("key") if len(row) == 2)
+    assert rows["first wrong at"] == first["stage"]
+    assert rows["in transformers"] == first["module"]
+    assert rows["most likely because"] == first["cause"]
+    assert rows["error ÷ its own rounding"].startswith("41.0 ×")
+    items = [element.text for element in found.all("li")]
+    assert "module 19 is not its counterpart" in items
+    assert "module 20 is not its counterpart" not in items
+    assert "and 10 more" in items
+    assert "To caption as LAVIS does" not in {element.text for element in found.all("h3")}
+
+
+@pytest.mark.parametrize(
+    ("given", "command"),
+    [
+        ("blip2nb capture x --output /a/tape", f"blip2nb capture {TWIN} --output tape.safetensors"),
+        (
+            "blip2nb capture x --source '/home/jane doe/a.pth' --base /b --output /a/tape",
+            f"blip2nb capture {TWIN} --source YOUR_FILES --base WHAT_THEY_WERE_TRAINED_FROM --output tape.safetensors",
+        ),
+    ],
+)
+def test_what_completes_a_proof_is_told_without_paths(given: str, command: str) -> None:
+    said = Read(page.render(weights_only(given), {}))
+    assert f"{command} blip2nb verify RUN --tape tape.safetensors" in [element.text for element in said.all("pre")]
+    assert not {"Place by place", "The captions"} & {element.text for element in said.all("h2", "h3")}
+
+
+def test_a_cast_model_is_told_what_can_be_proven() -> None:
+    report = weights_only("")
+    report["provenance"]["dtype"] = "bfloat16"
+    said = Read(page.render(report, {})).all("p")
+    assert any("cast to bfloat16 on request" in element.text for element in said)
+
+
+def test_a_checkpoint_of_ones_own_is_named_in_the_commands() -> None:
+    report = copy.deepcopy(CASES["match"][0])
+    assert page._commands(report) == f"blip2nb convert {TWIN}\nblip2nb verify {TWIN}"
+    report["provenance"] |= {"checkpoints": ["blip2_pretrained_opt2.7b.pth", "my best.pth"], "dtype": "float16"}
+    commands = f"blip2nb convert {TWIN} --source 'my best.pth' --dtype float16\nblip2nb verify '{TWIN}--my best'"
+    assert page._commands(report) == commands
+
+
+# ---------------------------------------------------------------------------------------------------- the contents
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_figure_is_there_for_a_desk_and_a_phone(case: str) -> None:
+    report, values = CASES[case]
+    names, found = plots.available(report, values), read(case)
+    order = [name for name in page._READING if name in names]
+    pictures = found.all("img")
+    assert [e.attributes["alt"] for e in pictures] == [plots.alt_text(name, report, values) for name in order]
+    headings = [element for element in found.all("h3") if element.attributes.get("id") in names]
+    assert [element.text for element in headings] == [page._READING[name][0] for name in order]
+    for wide, narrow in zip(pictures, found.all("source"), strict=True):
+        for attributes, url, pixels in ((wide.attributes, "src", 1400), (narrow.attributes, "srcset", 870)):
+            with Image.open(io.BytesIO(base64.b64decode(attributes[url].removeprefix("data:image/png;base64,")))) as it:
+                assert (it.mode, it.width) == ("P", pixels)
+                assert (int(attributes["width"]), int(attributes["height"])) == it.size
+
+
+def test_every_figure_is_explained() -> None:
+    assert set(plots.FIGURES) <= set(page._READING)
+    said = source("explained")
+    for name in plots.available(*CASES["explained"]):
+        assert page._READING[name][1].split("'")[0] in said
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_figures_carry_their_data_up_to_a_limit(case: str) -> None:
+    report, values = CASES[case]
+    found = read(case)
+    totals = [len(plots.table(name, report, values)) for name in page._READING if name in plots.available(*CASES[case])]
+    said = [int(element.text.split(", ")[-1].split()[0]) for element in found.all("summary")]
+    assert said == [total for total in totals if total]
+    notes = [element.text for element in found.all("p") if element.text.startswith(f"The first {page.MOST_ROWS} of ")]
+    assert len(notes) == sum(total > page.MOST_ROWS for total in totals)
+    shown = sum(min(total, page.MOST_ROWS) for total in totals)
+    assert len(found.all("tr")) > shown
+
+
+@pytest.mark.parametrize("case", ["match", "explained", "diverges", "NaN", "full"])
+def test_every_stage_is_in_the_table_and_the_faulty_ones_say_so(case: str) -> None:
+    report, rows = CASES[case][0], read(case).rows("stages")
+    assert [row[0] for row in rows] == [stage["name"] for stage in report["stages"]]
+    for row, stage in zip(rows, report["stages"], strict=True):
+        assert (row[5], row[6]) == (stage["reference"], stage["module"])
+    over = {s["name"] for s in report["stages"] if s["excess"] is not None and s["excess"] > report["threshold"]}
+    broken = set(BROKEN) if case == "NaN" else set()
+    assert {row[0] for row in rows if row[1].startswith("FAULT")} == over | broken
+    assert {row[0] for row in rows if "not a number" in row[1]} == broken
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_name_is_in_the_table(case: str) -> None:
+    names, rows = CASES[case][0]["weights"]["names"], read(case).rows("names")
+    assert [(row[0].split(" "), row[1]) for row in rows] == [(name[0], name[1] or "–") for name in names]
+    assert {row[2] for row in rows} <= {"renamed", "fused", "tied", "left out", "not used"}
+    choices = [element.text for element in read(case).all("option")][1:]
+    counted = {choice.split(" (")[0]: int(choice.split("(")[1].strip(")").replace(",", "")) for choice in choices}
+    assert counted == {word: [row[2] for row in rows].count(word) for word in {row[2] for row in rows}}
+
+
+def test_at_full_size_it_has_1331_names_and_stays_below_3_megabytes() -> None:
+    assert len(FULL["weights"]["names"]) == 1331
+    assert len(FULL["stages"]) >= 100
+    assert len(source("full").encode()) < 3_000_000
+
+
+# ------------------------------------------------------------------------------------------- what a browser makes of it
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_screen_reader_finds_its_way(case: str) -> None:
+    found = read(case)
+    assert [element.attributes["lang"] for element in found.all("html")] == ["en"]
+    for landmark in ("header", "nav", "main", "footer", "h1", "title"):
+        assert len(found.all(landmark)) == 1, landmark
+    levels = [int(element.tag[1]) for element in found.all("h1", "h2", "h3", "h4")]
+    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+    ids = [element.attributes["id"] for element in found.elements if "id" in element.attributes]
+    assert len(ids) == len(set(ids))
+    links = [element.attributes["href"] for element in found.all("a")]
+    assert {link.removeprefix("#") for link in links} <= set(ids)
+    assert links[0] == "#main"
+    sections = [e.attributes["id"] for e in found.all("section") if "id" in e.attributes]
+    assert [link for link in links if link.removeprefix("#") in sections] == [f"#{one}" for one in sections]
+    for element in found.elements:
+        for kind in ("for", "aria-labelledby"):
+            assert set(element.attributes.get(kind, "").split()) <= set(ids)
+    assert {element.attributes.get("scope") for element in found.all("th")} == {"row", "col"}
+    labelled = {element.attributes["for"] for element in found.all("label")}
+    assert {element.attributes["id"] for element in found.all("input", "select")} == labelled
+    regions = [element for element in found.elements if element.attributes.get("class", "").startswith("scroll")]
+    assert all(e.attributes["tabindex"] == "0" and e.attributes["aria-label"] for e in regions)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_loaded_from_anywhere(case: str) -> None:
+    found = read(case)
+    for element in found.elements:
+        for kind in ("src", "srcset", "href", "action", "data", "poster"):
+            assert element.attributes.get(kind, "#").startswith(("#", "data:image/png;base64,"))
+        assert not [name for name in element.attributes if name.startswith("on") or name == "style"]
+    assert not found.all("link", "iframe", "object", "embed", "base")
+    assert not re.search(r"url\(|@import|expression", found.all("style")[0].text)
+
+
+@pytest.mark.parametrize("case", ["explained", "full"])
+def test_only_its_own_style_and_script_may_run(case: str) -> None:
+    found = read(case)
+    policy = next(e.attributes["content"] for e in found.all("meta") if "http-equiv" in e.attributes)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert rules["img-src"] == "data:"
+    for kind in ("style", "script"):
+        (element,) = found.all(kind)
+        digest = hashlib.sha256("".join(element.parts).encode()).digest()
+        assert rules[f"{kind}-src"] == f"'sha256-{base64.b64encode(digest).decode()}'"
+    assert [element.tag for element in found.elements].index("meta") < [e.tag for e in found.elements].index("style")
+
+
+def test_the_search_finds_the_elements_it_works_on() -> None:
+    ids = {element.attributes.get("id") for element in read("match").elements}
+    wanted = re.findall(r'"((?:filter|names)[\w-]*)"', read("match").all("script")[0].text)
+    assert set(wanted) == {"filter", "filter-text", "filter-operation", "filter-count", "names-table"}
+    assert set(wanted) <= ids
+    form = next(element for element in read("match").all("form"))
+    assert "hidden" in form.attributes  # without JavaScript there is the whole table, and nothing that does not work
+
+
+def test_what_a_model_or_a_file_says_is_text() -> None:
+    evil = '<script>alert("1")</script><img src=x onerror=alert(1)> & {{ 7 * 7 }}'
+    report, values = copy.deepcopy(CASES["diverges"][0]), CASES["diverges"][1]
+    report["summary"] = report["first_divergence"]["cause"] = evil
+    report["captions"]["lavis"]["greedy"][0] = report["captions"]["ladder"][0]["lavis"][0][0] = evil
+    report["provenance"]["files"][0]["name"] = report["provenance"]["prompt"] = evil
+    report["attribute_differences"] = [evil]
+    report["weights"]["names"][0] = [[evil], evil, evil, [1], evil]
+    report["versions"] = {evil: {evil: evil}}
+    found = Read(page.render(report, values))
+    assert len(found.all("script")) == 1
+    assert len(found.all("img")) == len(plots.available(report, values))
+    for tag in ("p", "td", "th", "li", "option"):
+        assert any("".join(evil.split()) in "".join(element.text.split()) for element in found.all(tag)), tag
+    assert "{{ 7 * 7 }}" in found.all("p")[1].text
+
+
+def test_a_page_is_the_same_each_time() -> None:
+    assert page.render(*CASES["weights_only"]) == source("weights_only")
+
+
+# -------------------------------------------------------------------------------------------------------- a real run
+
+
+@pytest.fixture
+def run(model_copy: Callable[[str], Run], tmp_path: Path) -> Run:
+    """A converted twin in a folder that tells who its owner is."""
+    folder = tmp_path / "jane-doe" / "secret-project"
+    folder.parent.mkdir()
+    model_copy(TWIN).folder.rename(folder)
+    return Run(folder, folder / "model")
+
+
+def test_a_verification_leaves_a_page_that_names_no_place(run: Run) -> None:
+    report = api.verify(run)
+    assert run.left()["page"] == run.page == run.folder / "report.html"
+    assert not list(run.folder.glob("*.partial"))
+    said = run.page.read_text(encoding="utf-8")
+    assert said == page.render(run.report.content, run.report.arrays)  # with the figures that were drawn before it
+    for place in ("jane-doe", "secret-project", str(Path.home()), tempfile.gettempdir(), str(Path.cwd())):
+        assert place not in said, place
+    rows = Read(said).rows("names")
+    assert [row[1] for row in rows] == [name[1] or "–" for name in report["weights"]["names"]]
+    run.forget_proof()
+    assert "page" not in run.left()
+
+
+def test_without_figures_there_is_no_page_and_none_of_an_earlier_report(run: Run) -> None:
+    run.page.write_text("an earlier report's")
+    api.verify(run, proof="weights", figures=False)
+    assert not run.page.exists()
+    api.draw(run)
+    said = run.page.read_text(encoding="utf-8")
+    assert run.report["complete_with"].count("jane-doe") > 1
+    assert "jane-doe" not in said
+    assert "blip2nb verify RUN" in said
+
+
+def test_a_page_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    with pytest.raises(KeyError):
+        page.save({**CASES["weights_only"][0], "verdict": "?"}, {}, path)
+    (tmp_path / "report.html.partial").mkdir()
+    with pytest.raises(IsADirectoryError):
+        page.save(*CASES["weights_only"], path)
+    assert path.read_text() == "old"
+
+
+def test_a_damaged_model_says_so(model_copy: Callable[[str], Run], tmp_path: Path) -> None:
+    from conftest import edit_weights
+
+    run = model_copy(TWIN)
+    name = "qformer.encoder.layer.1.attention.attention.query.weight"
+    edit_weights(run.model / "model.safetensors", lambda tensors: tensors[name].mul_(1.01))
+    api.verify(run, proof="both")
+    found = Read(run.page.read_text(encoding="utf-8"))
+    assert found.all("h1")[0].text == f"{TWIN} Not the same model"
+    rows = dict(row for row in found.rows("key") if len(row) == 2)
+    assert rows["first wrong at"] == "qformer.layer.01"
+    assert name in rows["most likely because"]
+    assert "FAULT: more than rounding" in {row[1] for row in found.rows("stages")}
+    assert str(tmp_path) not in run.page.read_text(encoding="utf-8")
