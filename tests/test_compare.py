@@ -237,10 +237,36 @@ def test_what_is_asked_wrongly_is_said(toys):
         trace.compare(reference, copy.deepcopy(candidate).train(), _TOY_STAGES, torch.tensor([[1]]))
     with pytest.raises(ValueError, match="table:input"):
         trace.compare({}, candidate, _TOY_STAGES, torch.tensor([[1]]))
-    with pytest.raises(AttributeError):
-        trace.compare(reference, candidate, [trace.Stage("x", "nothing", "head")], torch.tensor([[1]]))
-    with pytest.raises(TypeError, match="no argument 'nothing'"):
-        trace.compare(reference, candidate, [trace.Stage("x", "head:nothing", "head")], torch.tensor([[1]]))
+    ids = torch.tensor([[1]])
+    with pytest.raises(AttributeError, match=r"x: \w+ has no 'nothing'"):
+        trace.compare(reference, candidate, [trace.Stage("x", "nothing", "head")], ids)
+    with pytest.raises(AttributeError, match=r"x: \w+ has no 'nothing'"):
+        trace.compare(reference, candidate, [trace.Stage("x", "head", "nothing")], ids)
+    with pytest.raises(ValueError, match="x: head is called with input, not with 'nothing'"):
+        trace.compare(reference, candidate, [trace.Stage("x", "head:nothing", "head")], ids)
+    with pytest.raises(ValueError, match="x: head is called with input, not with 'x'"):
+        trace.compare(reference, candidate, [trace.Stage("x", "head", "head", inputs={"x": ":input"})], ids)
+
+
+def test_what_a_stage_raises_on_the_references_inputs_names_the_stage(toys):
+    reference, candidate = toys
+    stage = trace.Stage(
+        "last", "head", "head", inputs={"input": ":input"}, arrange={"input": lambda value: value[..., 1:]}
+    )
+    with pytest.raises(RuntimeError) as caught:
+        trace.compare(reference, candidate, [stage], torch.tensor([[1]]))
+    assert "the stage last" in "".join(caught.value.__notes__)
+
+
+def test_a_comparison_of_ones_own_models_is_shown_and_drawn(toys):
+    from blip2nb.display import plots
+
+    reference, candidate = toys
+    candidate.norm.eps = 1e-3
+    found = trace.compare(reference, candidate, _TOY_STAGES, torch.tensor([[1, 2, 3]]))
+    assert found._repr_html_().count("<b>wrong</b>") == len(found.faults) == 1
+    picture = plots.FIGURES["depth_trace"](found.report(), {})
+    assert "First wrong at norm" in picture.get_suptitle()
 
 
 def test_different_attributes_are_read_off_the_modules_and_can_be_put_right(toys):

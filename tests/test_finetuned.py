@@ -222,6 +222,9 @@ def test_a_converted_directory_serves_as_the_base(
     assert report.verdict == "explained", report["summary"]
     assert report["versions"]["reference"]["salesforce-lavis"] == "1.0.2"
     assert Tape(run.tape_path).metadata["captions"] == Tape(tuned[name].tape_path).metadata["captions"]
+    back = [api.revert(each, tmp_path / f"{number}.pth") for number, each in enumerate((run, tuned[name]))]
+    held = [set(open_checkpoint(each.path)[0]) for each in back]
+    assert held[0] == held[1], "LAVIS loads it instead of the pretrained checkpoint, so it holds what that would"
 
 
 @pytest.mark.lavis

@@ -106,7 +106,7 @@ def test_the_lines_shown_caption_as_lavis_does(converted):
 
     name = "tiny-blip2-flan-t5-xl-coco"  # its default beams are among those that both libraries agree on
     space = {"AutoProcessor": AutoProcessor, "Blip2ForConditionalGeneration": Blip2ForConditionalGeneration}
-    lines = usage(name, converted(name).model)
+    lines = usage(variant(name).prompt, converted(name).model)
     for number, image in enumerate(demo_images(variant(name))[:2]):
         space["image"] = image
         exec("\n".join(lines[:-1]), space)

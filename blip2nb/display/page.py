@@ -162,7 +162,7 @@ def _problems(weights: Mapping[str, Any]) -> list[str]:
 
 def _usage(report: Report) -> str:
     """Python that captions an image with LAVIS's settings, with the known remedies. The folder is named neutrally."""
-    load, *rest = text.usage(report["model_name"], Path("model"))
+    load, *rest = text.usage(report["provenance"]["prompt"], Path("model"))
     fixes = [f"{one['fix']}  # {one['words']}" for one in report["known_differences"] if one["stage"] != "captions"]
     head = ["from PIL import Image", "from transformers import AutoProcessor, Blip2ForConditionalGeneration", ""]
     last = [f"ids = {rest[-1]}", "print(processor.batch_decode(ids, skip_special_tokens=True)[0].strip())"]

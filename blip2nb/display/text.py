@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip2nb.variants import variant
-
 if TYPE_CHECKING:
     from blip2nb.runs import Run
 
@@ -33,23 +31,26 @@ def describe(run: Run) -> str:
     for known in report["known_differences"]:
         lines += ["", f"{known['words']} ({known['id']})", f"  {known['why']}", f"  remedy: {known['fix']}"]
     lines += ["", f"To caption as LAVIS does{again}"]
-    lines += [f"  {line}" for line in usage(report["model_name"], run.model)]
+    lines += [f"  {line}" for line in usage(report["provenance"]["prompt"], run.model)]
     lines += ["", "Where things are"]
     lines += [f"  {label:<10}{path}" for label, path in run.left().items()]
     lines += [] if here else [f"  {'model':<10}removed from {run.model}"]
     return "\n".join(lines)
 
 
-def usage(model_name: str, folder: Path) -> list[str]:
+def usage(prompt: str, folder: Path) -> list[str]:
     """The lines of Python that caption an image with LAVIS's own settings.
 
     `generate` hands on to the language model, which does not see generation_config.json: the settings are passed.
+
+    Args:
+        prompt: what LAVIS puts before the caption of this model.
+        folder: the converted directory.
     """
-    prompt = variant(model_name).prompt
     return [
         f"model = Blip2ForConditionalGeneration.from_pretrained({str(folder)!r})",
         f'processor = AutoProcessor.from_pretrained({str(folder)!r}, backend="pil")',
-        f'inputs = processor(images=image, text="{prompt}", return_tensors="pt")',
+        f'inputs = processor(images=image, text={prompt!r}, return_tensors="pt")',
         "model.generate(**inputs, num_beams=5, max_new_tokens=30)",
     ]
 

@@ -51,6 +51,8 @@ def which(model: str, source: str | Path = "") -> Variant:
     if model:
         return variant(model)
     path = Path(source).expanduser()
+    if source and not path.exists():
+        raise RequestError(f"{path} does not exist. Expected a checkpoint of LAVIS's trainer, or a folder of files.")
     if not source or not path.is_file():
         raise RequestError("Name the model to convert (`blip2nb variants` lists them), or a checkpoint with --source.")
     return told_by(path)

@@ -95,10 +95,12 @@ def _configured_variant(folder: Path) -> Variant:
 
 
 def _trained(manifest: Manifest | None, variant: Variant, entry: Entry) -> bool:
-    """Whether LAVIS's trainer would have saved it: what came from the checkpoints, as far as the manifest says; else
-    all but vision tower and language model, which are frozen unless a training says otherwise."""
-    if manifest is not None:
-        return manifest.origins[entry.sources[0]] in manifest.checkpoints
+    """Whether it belongs in the file that LAVIS loads as `finetuned`, which takes the place of the released checkpoint:
+    what came from checkpoints, as far as the manifest says, and what a released checkpoint holds, wherever it came from
+    (a converted base has no checkpoint). Vision tower and language model are frozen unless a training says otherwise.
+    """
+    if manifest is not None and manifest.origins[entry.sources[0]] in manifest.checkpoints:
+        return True
     frozen = () if variant.vision_in_checkpoint else ("visual_encoder.",)
     return not entry.sources[0].startswith((*frozen, f"{variant.language_prefix}."))
 

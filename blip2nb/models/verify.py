@@ -313,7 +313,7 @@ def _beam_search(tape: Tape, captions: Mapping[str, Any]) -> list[dict[str, Any]
             "stage": "captions",
             "module": "generate",
             "attribute": "length_penalty",
-            "lavis": f"transformers {old}: a beam's score is divided by the length of prompt and caption",
+            "lavis": f"transformers {old}: a beam is scored by the length of prompt and caption, without its end",
             "transformers": f"transformers {new}: by the length of the caption alone",
             "words": "beam search's length normalisation",
             "why": "LAVIS runs on an old transformers, whose beam search counts the prompt as part of the caption.",

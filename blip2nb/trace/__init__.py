@@ -13,6 +13,10 @@ __all__ = ["Comparison", "Stage", "Step", "Tape", "compare", "enter_both"]
 _HOMES = {"Comparison": "comparison", "compare": "comparison", "Step": "step", "enter_both": "step", "Tape": "tape"}
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str):
     # torch takes seconds to import; a table of stages does not need it
     if name in _HOMES:

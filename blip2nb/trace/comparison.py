@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import html
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,6 +91,29 @@ class Comparison:
     def __getitem__(self, name: str) -> StageResult:
         return next(stage for stage in self.stages if stage.name == name)
 
+    def report(self) -> dict[str, Any]:
+        """What the figures over depth draw: `plots.FIGURES["depth_trace"](found.report(), {})`."""
+        first = self.first_divergence
+        return {
+            "threshold": self.threshold,
+            "stages": [dataclasses.asdict(stage) for stage in self.stages],
+            "first_divergence": None if first is None else {**dataclasses.asdict(first), "stage": first.name},
+        }
+
+    def _repr_html_(self) -> str:
+        words = ("stage", "arrival error", "error alone", "÷ its own rounding", "drift", "")
+        head = "".join(f"<th>{word}</th>" for word in words)
+        rows = "".join(
+            f"<tr><td align='left'>{html.escape(stage.name)}</td>"
+            + "".join(
+                f"<td>{'–' if value is None else format(value, '.2g')}</td>"
+                for value in (stage.arrival_error, stage.local_error, stage.excess, stage.drift)
+            )
+            + f"<td align='left'>{'<b>wrong</b>' if stage.faulty(self.threshold) else ''}</td></tr>"
+            for stage in self.stages
+        )
+        return f"<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{rows}</table>"
+
     def __repr__(self) -> str:
         first = self.first_divergence
         if first is None:
@@ -117,19 +141,26 @@ def compare(
         progress: called with each stage's name as it is measured.
 
     Raises:
-        ValueError: the reference lacks a place, a stage was never reached, or a model is in training mode.
-        AttributeError: a model has no such module.
+        ValueError: the reference lacks a place, a stage was never reached, a module has no such argument, or a model is
+            in training mode.
+        AttributeError: a model has no such module. Both name the stage.
     """
     for model in (reference, candidate):
         if isinstance(model, torch.nn.Module) and model.training:
             raise ValueError("The models should be in eval mode, found one in training mode. Call .eval() on it.")
+    for stage in stages:
+        _check_places(candidate, stage, [stage.candidate, *(f"{stage.module}:{name}" for name in stage.inputs)])
     recorded = record(reference, stages, inputs if reference_inputs is None else reference_inputs)
     with torch.no_grad():
         with recording(candidate, [stage.candidate for stage in stages]) as outputs:
             call(candidate, inputs)
         forcing = _Forcing(candidate, stages, recorded, progress)
         with forcing.hooks():
-            call(candidate, inputs)
+            try:
+                call(candidate, inputs)
+            except Exception as error:
+                error.add_note(f"Raised at the stage {forcing.at}, which was fed the reference's inputs.")
+                raise
     results = []
     for stage in stages:
         if not stage.is_junction and stage.name not in forcing.local:
@@ -153,6 +184,21 @@ def faulty(arrival_error: float | None, excess: float | None, threshold: float =
     return exceeds(arrival_error, ARRIVAL_TOLERANCE) or exceeds(excess, threshold)
 
 
+def _check_places(model: torch.nn.Module, stage: Stage, wanted: Sequence[str]) -> None:
+    """Raises AttributeError for a path the model does not have, ValueError for an argument; both name the stage."""
+    for place in wanted:
+        path, argument = split_place(place)
+        try:
+            module = model.get_submodule(path)
+        except AttributeError as error:
+            raise AttributeError(f"{stage.name}: {type(model).__name__} has no {path!r}: {error}.") from error
+        takes = inspect.signature(module.forward).parameters
+        free = any(one.kind is one.VAR_KEYWORD for one in takes.values())
+        if argument and argument not in takes and not free:
+            names = ", ".join(takes) or "nothing"
+            raise ValueError(f"{stage.name}: {path} is called with {names}, not with {argument!r}.")
+
+
 def call(model: torch.nn.Module, inputs: Inputs) -> Any:
     """Call a model with keyword arguments, positional ones, or one tensor."""
     if isinstance(inputs, torch.Tensor):
@@ -169,6 +215,8 @@ def record(
         ValueError: it holds nothing for a place.
     """
     if isinstance(reference, torch.nn.Module):
+        for stage in stages:
+            _check_places(reference, stage, places([stage]))
         with torch.no_grad(), recording(reference, places(stages)) as recorded:
             call(reference, inputs)
     else:
@@ -194,6 +242,7 @@ class _Forcing:
         progress: Callable[[str], None] | None,
     ):
         self.candidate, self.stages, self.recorded, self.progress = candidate, stages, recorded, progress
+        self.at = ""
         self.arrival: dict[str, float] = {}
         self.local: dict[str, dict[str, Any]] = {}
         self.local_outputs: dict[str, torch.Tensor] = {}
@@ -227,6 +276,7 @@ class _Forcing:
                 return None
             if argument:
                 seen.add(stage.name)
+            self.at = stage.name
             given, named = list(args), dict(kwargs)
             for name, place in wanted.items():
                 at = order.index(name)

@@ -146,12 +146,12 @@ def attributes(model):
     return out
 
 
-def save_tape(path, tensors, metadata):
+def save_tape(path, tensors, metadata=None):
     """Write a tape whole or not at all. Equal tensors are stored once.
 
     Args:
         tensors: name -> tensor.
-        metadata: anything JSON can hold; `load_tape` gives it back.
+        metadata: anything JSON can hold; `Tape.metadata` gives it back.
     """
     stored, aliases = {}, {}
     seen = {}  # type: dict
@@ -162,7 +162,7 @@ def save_tape(path, tensors, metadata):
         else:
             seen[key] = name
             stored[name] = tensor
-    text = json.dumps({"format": FORMAT, "aliases": aliases, "tape": metadata})
+    text = json.dumps({"format": FORMAT, "aliases": aliases, "tape": metadata or {}})
     temporary = "{}.partial".format(path)
     save_file(stored, temporary, metadata={"blip2nb": text})
     os.replace(temporary, path)
