@@ -82,7 +82,7 @@ def test_a_place_without_floating_point_values_is_a_gap_and_not_a_fault() -> Non
     place = NAMES.index("language.attention_mask")
     assert place not in marked(picture.axes[0], "LAVIS, maximum", "transformers, maximum")
     assert not [patch for patch in picture.axes[0].patches if patch.get_gid() == "NaN"]
-    assert "gap: whole numbers" in texts(picture)
+    assert "gap: ids and masks, which have no size" in texts(picture)
 
 
 def test_what_is_not_a_number_in_one_model_is_hatched() -> None:

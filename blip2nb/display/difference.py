@@ -11,13 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from blip2nb.display.figures.words import as_count, as_number, as_percent, as_times, first_few, to_floats
+from blip2nb.display.figures.moves import SMALLEST_MOVE, Move
+from blip2nb.display.figures.words import as_count, as_number, as_percent, first_few, to_floats
 from blip2nb.display.text import VERDICTS
 from blip2nb.errors import RequestError
 from blip2nb.report import Note, Report
-
-SMALLEST_MOVE = 0.1
-"""A stage has moved when its error ÷ its own rounding changed by more than this share of what it was."""
 
 LOGITS = {
     "relative": ("relative error", as_number),
@@ -32,25 +30,6 @@ _PICTURES = (".png", ".svg", ".pdf")
 _WORDS_AROUND, _CAPTIONS_SHOWN = 4, 6
 
 _MODES = {"greedy": "greedy", "beams": "5 beams", "default": "LAVIS's own beams"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Move:
-    """A stage's error ÷ its own rounding in both runs: NaN for no number, 0 for bit-equal and without a rounding."""
-
-    stage: str
-    before: float
-    after: float
-
-    @property
-    def size(self) -> float:
-        """In decades. To or from zero or NaN is more than any of them."""
-        if not (self.before > 0 and self.after > 0):
-            return math.inf
-        return abs(math.log10(self.before) - math.log10(self.after))
-
-    def __str__(self) -> str:
-        return " → ".join(as_times(value) if value else "bit-equal" for value in (self.before, self.after))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -186,7 +186,7 @@ def _legend(axes: Axes, report: Report, depth: Depth, parting: int | None, empty
             axes.axvline(place, color=colour, lw=1.0, ls=line, zorder=0.9, label=words)
             keys.append((Line2D([], [], color=colour, lw=1.0, ls=line), f"{words}: {depth.names[place]}"))
     if empty:
-        keys.append((Line2D([], [], ls=""), "gap: whole numbers"))
+        keys.append((Line2D([], [], ls=""), "gap: ids and masks, which have no size"))
     return keys
 
 

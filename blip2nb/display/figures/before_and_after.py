@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,14 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from blip2nb.display.figures.axes import add_legend, add_title, draw_dumbbells, legend_key, log_axis
+from blip2nb.display.figures.moves import SMALLEST_MOVE, Move
 from blip2nb.display.figures.style import FAULT, INK, MUTED, Arrays, Picture, Report, styled
 from blip2nb.display.figures.words import as_count, as_times, to_floats
 from blip2nb.report import INFINITE
 
 _DRAWN_STAGES = 20
-
-
-_SMALLEST_MOVE = 0.1
 
 
 def available(report: Report, arrays: Arrays) -> bool:
@@ -36,7 +33,8 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
         width: inches.
     """
     moves, still = _moves(report["stages"])
-    drawn = sorted(sorted(moves, key=lambda move: -move.size)[:_DRAWN_STAGES], key=lambda move: move.place)
+    largest = sorted(moves, key=lambda move: -move.size)[:_DRAWN_STAGES]
+    drawn = [move for move in moves if move in largest]
     row = 0.24 if width >= 5 else 0.2
     picture = Picture(width, 1.5 + row * max(len(drawn), 2), alt_text(report, arrays))
     axes = picture.add_subplot()
@@ -49,7 +47,7 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
     axes.axvline(1, color=MUTED, lw=0.8)
     axes.axvline(report["threshold"], color=INK, lw=0.8, ls=(0, (4, 2)))
     draw_dumbbells(axes, values, decades, report["threshold"], ("as shipped", "with the fix"))
-    axes.set_yticks(range(len(drawn)), [move.name for move in drawn])
+    axes.set_yticks(range(len(drawn)), [move.stage for move in drawn])
     axes.set_ylim(max(len(drawn), 1) - 0.4, -0.6)
     axes.set_xlabel("error ÷ its own rounding")
     keys = [(legend_key("D", FAULT), "as shipped"), (legend_key("o", INK), "with the fix")]
@@ -60,43 +58,26 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
     return picture
 
 
-@dataclasses.dataclass(frozen=True)
-class _Move:
-    """One stage's excess before and after the fix."""
-
-    place: int
-    name: str
-    before: float
-    after: float
-
-    @property
-    def size(self) -> float:
-        """Decades. Anything to or from zero or NaN is more than any of them."""
-        if not (self.before > 0 and self.after > 0):
-            return math.inf
-        return abs(math.log10(self.before / self.after))
-
-
-def _moves(stages: Sequence[Mapping[str, Any]]) -> tuple[list[_Move], int]:
+def _moves(stages: Sequence[Mapping[str, Any]]) -> tuple[list[Move], int]:
     """The stages that the fix moves, and how many it leaves where they were."""
     moves, still = [], 0
-    for place, stage in enumerate(stages):
+    for stage in stages:
         before, after = to_floats([stage.get("excess"), (stage.get("fixed") or {}).get("excess")])
         if stage.get("junction") or not stage.get("fixed"):
             continue
-        alike = (math.isnan(before) and math.isnan(after)) or abs(after - before) <= _SMALLEST_MOVE * abs(before)
+        alike = (math.isnan(before) and math.isnan(after)) or abs(after - before) <= SMALLEST_MOVE * abs(before)
         if alike:
             still += 1
         else:
-            moves.append(_Move(place, stage["name"], before, after))
+            moves.append(Move(stage["name"], before, after))
     return moves, still
 
 
-def _moves_finding(moves: list[_Move]) -> str:
+def _moves_finding(moves: list[Move]) -> str:
     if not moves:
         return "The fix moves no stage"
     most = max(moves, key=lambda move: move.size)
-    words = f"With the fix, {most.name} goes from {as_times(most.before)} to {as_times(most.after)} its own rounding"
+    words = f"With the fix, {most.stage} goes from {as_times(most.before)} to {as_times(most.after)} its own rounding"
     return words if len(moves) == 1 else f"{words}; {as_count(len(moves) - 1, 'other stage')} moved"
 
 

@@ -74,7 +74,7 @@ def _heat_map(picture: Figure, axes: Axes, bar: Axes, seen: Examined, wide: bool
     bar.set_xticklabels([f"−{as_number(reach)}", "0", f"+{as_number(reach)}"] if finite.any() else nothing)
     for label, side in zip(bar.get_xticklabels(), ("left", "center", "right"), strict=True):
         label.set(horizontalalignment=side)
-    shared = f", the largest of {steps[0]} × {steps[1]}" if max(steps) > 1 else ""
+    shared = f", in each cell\nthe largest of {steps[0]} positions × {steps[1]} channels" if max(steps) > 1 else ""
     bar.set_xlabel(f"transformers − LAVIS{shared}")
 
 
