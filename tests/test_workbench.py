@@ -221,6 +221,8 @@ def test_every_view_is_drawn_and_follows_the_controls(explorer) -> None:
     explorer.stage.value = "language.block.01"
     assert "run.tensor('language.block.01', fed='own')" in explorer._words.value
     assert explorer.token.max == explorer.tensors.lavis.shape[1] - 1
+    apart = np.abs(explorer.tensors.difference[0]).max(axis=1)
+    assert explorer.token.value == apart.argmax(), "a new stage is looked at where it differs most"
     explorer.view.value = "captions"
     one = picture(explorer).tobytes()
     explorer.image.value = 3

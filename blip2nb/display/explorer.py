@@ -30,6 +30,7 @@ _FED = {"as the model runs (drift)": "own", "fed what LAVIS's stage was fed (loc
 
 class Explorer:
     """Shows itself in a notebook. Where there is nobody to move it, as in an executed notebook, it is its first figure.
+    A new stage is looked at where the two models differ most.
 
     Attributes:
         stage, view, fed, token, image: the controls, whose `.value` can be set from code as well.
@@ -51,7 +52,7 @@ class Explorer:
         self._words = widgets.HTML()
         self.tensors: Sides | None = None
         for control in (self.view, self.stage, self.fed, self.token, self.image):
-            control.layout.width = "24em"
+            control.layout.width = "32em" if isinstance(control, widgets.Dropdown) else "14em"
             control.style.description_width = "7em"
             control.observe(self._changed, "value")
         top = widgets.HBox([self.view, self.stage, self.fed, self.token, self.image])
@@ -103,7 +104,10 @@ class Explorer:
             return
         if change is None or change["owner"] in (self.stage, self.fed):
             self.tensors = self.run.tensor(self.stage.value, self.fed.value)
+            self.token.unobserve(self._changed, "value")  # drawn once, below
             self.token.max = len(_flat(self.tensors.lavis)) - 1
+            self.token.value = _worst_position(self.tensors)
+            self.token.observe(self._changed, "value")
         picture = self.figure()
         self._picture.layout.display = "none" if picture is None else None
         if picture is not None:
@@ -149,6 +153,12 @@ def _flat(values: np.ndarray) -> np.ndarray:
     """(positions, channels) of the first image, whatever the stage's own shape."""
     first = values[0] if values.ndim > 2 else values
     return first.reshape(-1, first.shape[-1]) if first.ndim > 1 else first.reshape(-1, 1)
+
+
+def _worst_position(sides: Sides) -> int:
+    """Where they differ most, NaN first; the first position where they do not."""
+    errors = np.abs(_flat(sides.transformers).astype(float) - _flat(sides.lavis).astype(float)).max(axis=1)
+    return int(np.nan_to_num(errors, nan=np.inf).argmax())
 
 
 def _token(report: Report, stage: str, position: int) -> str:
