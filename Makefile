@@ -72,6 +72,7 @@ strip: .venv/dev.done  ## take the outputs off the notebooks, as git does on `gi
 
 bench: setup  ## what conversions cost at full size: an hour, 51 GB of disk, and a machine with nothing else to do
 	$(BIN)/python -m benchmarks.convert --size all --in-memory --cast bfloat16 --costs
+	$(BIN)/python -m benchmarks.notebooks
 
 clean:  ## remove the environments, the book and everything in outputs/
 	rm -rf .venv .venv-lavis .transformers4 $(BOOK) $(filter-out outputs/README.md,$(wildcard outputs/*))

@@ -303,7 +303,8 @@ def proven(
     was made of this model as it stands, by these versions, and with LAVIS's recording if there is one.
 
     Args:
-        model, source, base, run_name, output_dir: as for `convert`.
+        model, source, base, run_name, output_dir: as for `convert`. With neither model nor source, the run of that name
+            is taken as it is, whatever it was made from.
         lavis_python: as for `verify`.
 
     Returns:
@@ -314,7 +315,10 @@ def proven(
     """
     from blip2nb.run import reference
 
-    run = convert(model, source, base=base, run_name=run_name, output_dir=output_dir)
+    if run_name and not model and not source:
+        run = find_run(run_name, output_dir)
+    else:
+        run = convert(model, source, base=base, run_name=run_name, output_dir=output_dir)
     if reference.report_holds(run, lavis_python):
         log.info("the report of %s still holds; kept", run.folder.name)
     else:

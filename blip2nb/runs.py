@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from blip2nb.errors import RequestError
 from blip2nb.report import Report
+from blip2nb.variants import Variant, variant
 
 if TYPE_CHECKING:
     from blip2nb.run.workbench import Sides
@@ -42,6 +43,13 @@ class Run:
     @property
     def page(self) -> Path:
         return self.folder / "report.html"
+
+    @property
+    def variant(self) -> Variant:
+        """The variant it was converted as, by name. Raises RequestError when there is no converted model."""
+        from blip2nb.weights.convert import Manifest
+
+        return variant(Manifest.read(self.model).model)
 
     @property
     def source(self) -> str:

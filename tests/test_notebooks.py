@@ -250,3 +250,14 @@ def test_undeclared_names_are_found_in_a_cell():
     refuse_undeclared(["a", "b"], ["b"])
     with pytest.raises(Exception, match="It has: a, b"):
         refuse_undeclared(["a", "b"], ["zzz"])
+
+
+@pytest.mark.parametrize("name", ["03_fuse_q_and_v_biases", "06_logits"])
+def test_a_step_looks_at_a_run_by_its_name_alone(name, tmp_path):
+    blip2nb.convert(TWO[1], output_dir=tmp_path, run_name="mine", max_shard_size="200kB")
+    done = papermill(
+        f"{name}.ipynb", tmp_path / "out.ipynb", "-p", "model_name", "", "-p", "run_name", "mine",
+        "-p", "output_dir", tmp_path, cwd=ROOT / "notebooks", environment=ONE_THREAD,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"mine"}
