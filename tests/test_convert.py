@@ -287,7 +287,7 @@ def test_figures_of_an_earlier_report_do_not_stay(tmp_path: Path):
     assert (run.figures / "depth_trace.png").is_file()
     (run.figures / "mine.png").write_bytes(b"kept")
     api.verify(run, proof="weights")
-    assert {path.name for path in run.figures.iterdir()} == {"files.png", "files.svg", "mine.png"}
+    assert {path.name for path in run.figures.iterdir()} == {"files.png", "mine.png"}
 
 
 def test_the_same_weights_with_another_tokenizer_or_shard_size_are_converted_again(tmp_path: Path, source_copy):

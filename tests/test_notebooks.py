@@ -23,9 +23,9 @@ from blip2nb.variants import variant
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 OWN_KERNEL = [path for path in NOTEBOOKS if path.stem != "lavis"]
-TWO = ("tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl")
+OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"
+NEAR = ROOT / "notebooks"
 PICTURES = {"convert": 9, "05_activations": 7, "01_what_is_in_a_checkpoint": 0}
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two run at a time
 STEPS = [path for path in NOTEBOOKS if path.stem not in ("convert", "lavis")]
 PAPERMILL = [str(Path(sys.executable).parent / "papermill")]
 
@@ -103,71 +103,67 @@ def test_papermill_lists_each_parameter_with_its_comment(path):
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-    """What became of a notebook that was run twice, once from each folder people run it from."""
+    """What became of one execution, and when each converted file under the outputs was written."""
 
     outputs: Path
-    ends: tuple[subprocess.CompletedProcess, subprocess.CompletedProcess]
-    written: tuple[dict[Path, int], dict[Path, int]]
-    notebooks: tuple[Path, Path]
+    end: subprocess.CompletedProcess
+    notebook: Path
+    written: dict[Path, int]
 
 
-def run_twice(path, model, folder):
-    """From the root, then from notebooks/, into the same outputs."""
-    outputs = folder / "outputs"
-    ends, written, notebooks = [], [], []
-    for number, start in enumerate((ROOT, ROOT / "notebooks"), 1):
-        notebooks.append(folder / f"{number}.ipynb")
-        ends.append(
-            papermill(
-                path.relative_to(ROOT) if start == ROOT else path.name, notebooks[-1],
-                "-p", "model_name", model, "-p", "output_dir", outputs, cwd=start, environment=ONE_THREAD,
-            )
-        )  # fmt: skip
-        written.append({path: path.stat().st_mtime_ns for path in outputs.glob("*/model/*.safetensors")})
-    return Executed(outputs, tuple(ends), tuple(written), tuple(notebooks))
+def execute(path, model, start, outputs, notebook):
+    """As people type it, from the root or from notebooks/."""
+    given = ["-p", "model_name", model, "-p", "output_dir", outputs]
+    name = path.relative_to(ROOT) if start == ROOT else path.name
+    end = papermill(name, notebook, *given, cwd=start, environment={"OMP_NUM_THREADS": "1"})  # two run at a time
+    written = {file: file.stat().st_mtime_ns for file in outputs.glob("*/model/*.safetensors")}
+    return Executed(outputs, end, notebook, written)
 
 
 @pytest.fixture(scope="module")
 def executions(tmp_path_factory):
-    """Every notebook on an OPT and a T5 twin, two at a time, begun before the first is asked for."""
-    with ThreadPoolExecutor(2) as pool:
+    """(notebook, model, folder it was started from) -> its execution, begun before the first is asked for: on the OPT
+    twin from the root and then at once from notebooks/, on the T5 twin from notebooks/. Each model has outputs of its
+    own, and works while the other does."""
+    with ThreadPoolExecutor(1) as opt, ThreadPoolExecutor(1) as t5:
         jobs = {}
-        for path, model in itertools.product(OWN_KERNEL, TWO):
+        for path, (model, pool, start) in itertools.product(
+            OWN_KERNEL, ((OPT, opt, ROOT), (OPT, opt, NEAR), (T5, t5, NEAR))
+        ):
             folder = tmp_path_factory.mktemp(path.stem)
-            jobs[path.stem, model] = pool.submit(run_twice, path, model, folder)
+            outputs = tmp_path_factory.getbasetemp() / f"outputs-{model}"
+            jobs[path.stem, model, start] = pool.submit(execute, path, model, start, outputs, folder / "executed.ipynb")
         yield jobs
         for job in jobs.values():
             job.cancel()
 
 
-@pytest.mark.parametrize("model", TWO)
+@pytest.mark.parametrize(("model", "start"), [("opt", "root"), ("opt", "notebooks"), ("t5", "notebooks")])
 @pytest.mark.parametrize("path", OWN_KERNEL, ids=lambda path: path.stem)
-def test_a_notebook_runs_twice_in_a_row_from_either_folder(path, model, executions):
-    done = executions[path.stem, model].result()
-    for end, notebook in zip(done.ends, done.notebooks, strict=True):
-        assert end.returncode == 0, end.stderr[-1500:]
-        cells = [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
-        assert all(cell.execution_count for cell in cells)
-        text, pictures = executed(notebook)
-        assert "Traceback" not in text
-        assert pictures >= PICTURES.get(path.stem, 1)
-    assert any(done.outputs.iterdir()), "outputs go where they were asked to go"
-    assert done.written[0] == done.written[1], "the same conversion is not done twice"
+def test_a_notebook_runs_from_either_folder(path, model, start, executions):
+    done = executions[path.stem, {"opt": OPT, "t5": T5}[model], {"root": ROOT, "notebooks": NEAR}[start]].result()
+    assert done.end.returncode == 0, done.end.stderr[-1500:]
+    cells = [cell for cell in nbformat.read(done.notebook, 4).cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in cells)
+    text, pictures = executed(done.notebook)
+    assert "Traceback" not in text
+    assert pictures >= PICTURES.get(path.stem, 1)
+
+
+@pytest.mark.parametrize("path", OWN_KERNEL, ids=lambda path: path.stem)
+def test_a_second_run_in_a_row_converts_nothing_again(path, executions):
+    first, second = (executions[path.stem, OPT, start].result() for start in (ROOT, NEAR))
+    assert first.written
+    assert second.written == first.written
 
 
 def test_convert_leaves_report_page_and_figures(executions):
-    for model in TWO:
-        run = executions["convert", model].result().outputs / model
+    for model in (OPT, T5):
+        run = executions["convert", model, NEAR].result().outputs / model
         report = json.loads((run / "report.json").read_text())
         assert report["verdict"] == "explained"
         assert (run / "report.html").is_file()
         assert {path.suffix for path in (run / "figures").iterdir()} == {".png"}
-
-
-def test_without_an_output_path_the_notebook_goes_to_standard_output(tmp_path):
-    done = papermill("03_fuse_q_and_v_biases.ipynb", "-p", "output_dir", tmp_path, cwd=ROOT / "notebooks")
-    assert done.returncode == 0, done.stderr[-1500:]
-    assert any(cell.get("outputs") for cell in nbformat.reads(done.stdout, 4).cells)
 
 
 @pytest.mark.parametrize("path", OWN_KERNEL, ids=lambda path: path.stem)
@@ -236,11 +232,9 @@ def test_convert_runs_lavis_by_itself_where_no_recording_fits(own_checkpoint, tm
 
 
 @pytest.mark.lavis
-@pytest.mark.parametrize("start", ["notebooks", "."])
-def test_lavis_notebook_runs_by_hand_from_either_folder(start, tmp_path):
-    notebook = Path("lavis.ipynb") if start == "notebooks" else Path("notebooks/lavis.ipynb")
-    for name in ("first", "second"):
-        done = papermill(notebook, tmp_path / f"{name}.ipynb", "-p", "output_dir", tmp_path, cwd=ROOT / start)
+def test_lavis_notebook_runs_by_hand_twice_in_a_row_from_either_folder(tmp_path):
+    for start, notebook in ((ROOT, "notebooks/lavis.ipynb"), (NEAR, "lavis.ipynb")):
+        done = papermill(notebook, tmp_path / "out.ipynb", "-p", "output_dir", tmp_path, cwd=start)
         assert done.returncode == 0, done.stderr[-1500:]
     assert (tmp_path / "tiny-blip2-opt-2.7b" / "tape.safetensors").is_file()
 
@@ -252,12 +246,12 @@ def test_undeclared_names_are_found_in_a_cell():
         refuse_undeclared(["a", "b"], ["zzz"])
 
 
-@pytest.mark.parametrize("name", ["03_fuse_q_and_v_biases", "06_logits"])
-def test_a_step_looks_at_a_run_by_its_name_alone(name, tmp_path):
-    blip2nb.convert(TWO[1], output_dir=tmp_path, run_name="mine", max_shard_size="200kB")
+def test_a_step_looks_at_a_run_by_its_name_alone_and_goes_to_standard_output(tmp_path):
+    blip2nb.convert(T5, output_dir=tmp_path, run_name="mine", max_shard_size="200kB")
     done = papermill(
-        f"{name}.ipynb", tmp_path / "out.ipynb", "-p", "model_name", "", "-p", "run_name", "mine",
-        "-p", "output_dir", tmp_path, cwd=ROOT / "notebooks", environment=ONE_THREAD,
+        "03_fuse_q_and_v_biases.ipynb", "-p", "model_name", "", "-p", "run_name", "mine", "-p", "output_dir", tmp_path,
+        cwd=NEAR,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-1500:]
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {"mine"}
+    assert any(cell.get("outputs") for cell in nbformat.reads(done.stdout, 4).cells)
