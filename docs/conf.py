@@ -20,6 +20,7 @@ from sphinx.writers.html5 import HTML5Translator
 ROOT = Path(__file__).parent.parent
 BESIDE = ("[A-Z]*", "*.yml", "docs/*.png", "benchmarks/results/*", "outputs/README.md", "blip2nb/**/*.py", "tests/*.py")
 WIDGET = "application/vnd.jupyter.widget-view+json"
+PNG = "image/png"
 UNEXECUTED = (
     "```{note}\nShown without its outputs: the kernel that it runs on is not installed. `make lavis` sets it up.\n```"
 )
@@ -66,12 +67,16 @@ def lay_out(app: Sphinx, _config: Config) -> None:
 
 
 def prepare(_app: Sphinx, name: str, source: list[str]) -> None:
-    """Leave out the widgets of a notebook, which need a kernel. Below the title of one that did not run, say so."""
+    """Leave out the widgets of a notebook, which need a kernel, but for the picture that a widget may carry. Below the
+    title of a notebook that did not run, say so."""
     if name.startswith("notebooks/"):
         notebook = nbformat.reads(source[0], as_version=4)
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         for cell in code:
-            cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+            still = [output for output in cell.outputs if WIDGET not in output.get("data", {}) or PNG in output.data]
+            for output in still:
+                output.get("data", {}).pop(WIDGET, None)
+            cell.outputs = still
         if not any(cell.execution_count for cell in code):
             notebook.cells.insert(1, nbformat.v4.new_markdown_cell(UNEXECUTED))
         source[0] = nbformat.writes(notebook)

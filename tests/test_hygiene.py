@@ -1,5 +1,6 @@
 """What is committed is clean: notebooks without outputs, links that lead somewhere, words spelt right, a whole book."""
 
+import base64
 import os
 import re
 import shlex
@@ -14,6 +15,9 @@ import nbformat
 import pytest
 from markdown_it import MarkdownIt
 from mdit_py_plugins.anchors import anchors_plugin
+from PIL import Image
+
+from blip2nb.models.inputs import png
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -23,6 +27,9 @@ needs_git = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 
 
 # --- notebooks
+
+
+ONE_PIXEL = base64.b64encode(png(Image.new("RGB", (1, 1)))).decode()
 
 
 def run_in_place(path):
@@ -35,6 +42,7 @@ def run_in_place(path):
         cell.outputs = [
             nbformat.v4.new_output("stream", text="a run said this"),
             nbformat.v4.new_output("display_data", bar),
+            nbformat.v4.new_output("display_data", {**bar, "image/png": ONE_PIXEL}),
         ]
         cell.metadata.execution = {"iopub.execute_input": "2026-01-01T00:00:00Z"}
         cell.metadata.papermill = {"status": "completed"}
@@ -171,10 +179,12 @@ def test_the_books_contents_name_every_notebook_once_convert_first_and_lavis_las
     assert steps == sorted(steps)
 
 
-def test_the_book_shows_what_a_run_printed_and_no_widgets(book):
+def test_the_book_shows_what_a_run_printed_and_of_widgets_the_picture_alone(book):
     page = (book / "notebooks" / "convert.html").read_text()
     assert "a run said this" in page
     assert "stands still" not in page
+    assert "widget-view" not in page
+    assert page.count("<img") == page.count("a run said this")
     assert "Shown without its outputs" not in page
 
 
