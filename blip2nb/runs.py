@@ -132,10 +132,11 @@ class Run:
         return workbench.step(self, stage, lavis_python)
 
     def release(self) -> None:
-        """Let go of the models that `tensor` and `step` hold in memory, and with them of every change made to them."""
+        """Let go of the models that `tensor` and `step` hold in memory, and with them of every change made to them.
+        Looking at another run does so too."""
         from blip2nb.run import workbench
 
-        workbench.release(self)
+        workbench.release()
 
     def left(self) -> dict[str, Path]:
         """What the run has left on disk, by a word for it."""

@@ -159,6 +159,15 @@ def test_both_models_are_live_and_run_on_the_same_inputs(model, model_copy) -> N
 
 
 @pytest.mark.lavis
+def test_looking_at_another_run_ends_the_first_ones_lavis(model_copy, proven) -> None:
+    run = model_copy("tiny-blip2-opt-2.7b")
+    kernel = Path(run.step("vision.block.00").reference.session.connection_file)
+    assert kernel.exists()
+    assert proven.tensor("logits").stage == "logits"
+    assert not kernel.exists()
+
+
+@pytest.mark.lavis
 def test_an_error_over_there_comes_back_with_its_traceback(model_copy) -> None:
     run = model_copy("tiny-blip2-opt-2.7b")
     step = run.step("vision.block.00")
@@ -169,8 +178,11 @@ def test_an_error_over_there_comes_back_with_its_traceback(model_copy) -> None:
     with pytest.raises(RuntimeError, match="shape"):
         step(hidden_states=torch.zeros(1, 3, 5))
     kernel = step.reference.session.connection_file
+    with pytest.raises(RuntimeError, match="LAVIS's kernel ended"):
+        step.reference.execute("import os; os._exit(1)")
+    assert not run.step("vision.block.00")().fault, "the next step starts another"
     run.release()
-    assert not Path(kernel).exists(), "the kernel has ended"
+    assert not Path(kernel).exists(), "nothing of the kernel stays"
 
 
 def test_any_two_modules_can_be_entered() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import json
+import queue
 import subprocess
 import tempfile
 from pathlib import Path
@@ -74,20 +75,33 @@ class LavisSession:
         """Run Python in the kernel. Returns what it printed, and the last expression's value as text.
 
         Raises:
-            LavisError: it raised; the traceback from over there is in it.
+            LavisError: it raised, with the traceback from over there; or the kernel ended.
         """
         shown: list[str] = []
-
-        def keep(message: dict[str, Any]) -> None:
-            content = message["content"]
-            if message["msg_type"] == "stream" and content["name"] == "stdout":
+        raised: dict[str, Any] = {}
+        request = self._client.execute(code, allow_stdin=False)
+        while True:
+            try:
+                message = self._client.get_iopub_msg(timeout=1)
+            except queue.Empty:
+                if not self.alive:
+                    raise LavisError(
+                        "LAVIS's kernel ended", "most likely there was not the memory for it", []
+                    ) from None
+                continue
+            if message["parent_header"].get("msg_id") != request:
+                continue
+            kind, content = message["msg_type"], message["content"]
+            if kind == "stream" and content["name"] == "stdout":
                 shown.append(content["text"])
-            elif message["msg_type"] == "execute_result":
+            elif kind == "execute_result":
                 shown.append(content["data"]["text/plain"])
-
-        reply = self._client.execute_interactive(code, allow_stdin=False, output_hook=keep)["content"]
-        if reply["status"] != "ok":
-            raise LavisError(reply.get("ename", "Error"), reply.get("evalue", ""), reply.get("traceback", []))
+            elif kind == "error":
+                raised = content
+            elif kind == "status" and content["execution_state"] == "idle":
+                break
+        if raised:
+            raise LavisError(raised["ename"], raised["evalue"], raised["traceback"])
         return "".join(shown)
 
     def module(self, path: str) -> LavisModule:
@@ -96,6 +110,11 @@ class LavisSession:
 
         plain = json.loads(self.execute(_ENTER.format(path=path)).strip().splitlines()[-1])
         return LavisModule(path, self, plain | load_file(self.folder / "out.safetensors"))
+
+    @property
+    def alive(self) -> bool:
+        """Whether the kernel still runs."""
+        return bool(self._manager.is_alive())
 
     def close(self) -> None:
         """End the kernel. Nothing of it stays."""

@@ -112,11 +112,15 @@ def step(run: Run, name: str, lavis_python: str | Path = "") -> Step:
         raise RequestError(str(error)) from error
 
 
-def release(run: Run) -> None:
+_OPEN: dict[tuple[Run, str], Workbench] = {}
+"""The workbench in memory, by run and state of its model. One at a time: at full size there is no room for two."""
+
+
+def release() -> None:
     """Let go of the models in memory, and of LAVIS's kernel; see `Run.release`."""
-    if _workbench.cache_info().currsize:
-        _workbench(run, state(run.model)).close()
-    _workbench.cache_clear()
+    for bench in _OPEN.values():
+        bench.close()
+    _OPEN.clear()
 
 
 def workbench(run: Run) -> Workbench:
@@ -125,18 +129,16 @@ def workbench(run: Run) -> Workbench:
     Raises:
         RequestError: there is no converted model, or no recording of LAVIS that fits it.
     """
-    Manifest.read(run.model)
-    return _workbench(run, state(run.model))
-
-
-@functools.lru_cache(maxsize=1)
-def _workbench(run: Run, state: str) -> Workbench:
     manifest = Manifest.read(run.model)
-    tape = reference.find_tape(run, manifest)
-    if tape is None:
-        again = reference.completion(run, manifest, run.source, run.base) or f"blip2nb capture {manifest.model}"
-        raise RequestError(f"There is no recording of LAVIS that fits {run.folder.name}. Make one: {again}")
-    return Workbench(run, state, manifest, tape)
+    key = (run, state(run.model))
+    if key not in _OPEN:
+        release()
+        tape = reference.find_tape(run, manifest)
+        if tape is None:
+            again = reference.completion(run, manifest, run.source, run.base) or f"blip2nb capture {manifest.model}"
+            raise RequestError(f"There is no recording of LAVIS that fits {run.folder.name}. Make one: {again}")
+        _OPEN[key] = Workbench(run, key[1], manifest, tape)
+    return _OPEN[key]
 
 
 class Workbench:
@@ -198,7 +200,8 @@ class Workbench:
         environment = kernels.find_lavis(lavis_python)
         if environment is None or stage.is_junction:
             return None
-        if self._session is None:
+        if self._session is None or not self._session.alive:
+            self.close()
             log.info("starting LAVIS in a kernel of its own")
             opened = open_source(self.manifest.model_variant, self.run.source, self.run.base)
             session = LavisSession(environment, opened, self.run.source)
