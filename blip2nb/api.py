@@ -141,13 +141,17 @@ def check(target: str | Path | Run, source: str | Path = "", base: str | Path = 
     from blip2nb.models import directory
     from blip2nb.models.files import open_source
 
-    run = target if isinstance(target, Run) else find_run(target)
+    run = _run_of(target)
     manifest = Manifest.read(run.model)
     source, base = source or run.source, base or run.base
     named = variant(manifest.model)
     at_hand = bool(source or base) or named.twin or all(part.here for part in locate(named))
     opened = open_source(named, source, base) if at_hand else None
     return Check(run.model, len(manifest.written), at_hand, tuple(directory.check_model(run.model, opened)))
+
+
+def _run_of(target: str | Path | Run) -> Run:
+    return target if isinstance(target, Run) else find_run(target)
 
 
 def revert(target: str | Path | Run, output: str | Path, *, part: str = "trained", overwrite: bool = False) -> Reverted:
@@ -266,7 +270,7 @@ def verify(
 
     if proof not in PROOFS:
         raise RequestError(f"--proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
-    run = target if isinstance(target, Run) else find_run(target)
+    run = _run_of(target)
     if output:
         run = dataclasses.replace(run, folder=Path(output).expanduser().resolve())
     manifest = Manifest.read(run.model)
@@ -377,7 +381,7 @@ def export_figures(target: str | Path | Run, folder: str | Path = "") -> list[Pa
     """
     from blip2nb.display import plots
 
-    run = target if isinstance(target, Run) else find_run(target)
+    run = _run_of(target)
     report = run.report
     return plots.export(report.content, report.arrays, Path(folder).expanduser() if folder else run.figures / "export")
 
@@ -393,14 +397,14 @@ def explore(target: str | Path | Run) -> Explorer:
     """
     from blip2nb.display.explorer import Explorer
 
-    return Explorer(target if isinstance(target, Run) else find_run(target))
+    return Explorer(_run_of(target))
 
 
 def show(target: str | Path | Run) -> str:
     """A run in words: the verdict, the numbers behind it, and where everything lies."""
     from blip2nb.display.text import describe
 
-    run = target if isinstance(target, Run) else find_run(target)
+    run = _run_of(target)
     return describe(run)
 
 
@@ -416,7 +420,7 @@ def diff(run_a: str | Path | Run, run_b: str | Path | Run) -> Difference:
     """
     from blip2nb.display.difference import compare_reports
 
-    one, other = (run if isinstance(run, Run) else find_run(run) for run in (run_a, run_b))
+    one, other = map(_run_of, (run_a, run_b))
     return compare_reports(one.report, other.report, (one.folder.name, other.folder.name))
 
 

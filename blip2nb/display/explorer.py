@@ -10,9 +10,11 @@ import numpy as np
 
 from blip2nb.display import plots
 from blip2nb.display.figures import one_position
+from blip2nb.models.evidence import heads_of
 from blip2nb.report import Report
 from blip2nb.run.workbench import Sides
 from blip2nb.runs import Run
+from blip2nb.weights.convert import Manifest
 
 _VIEWS = {
     "errors over depth": "depth_trace",
@@ -40,6 +42,7 @@ class Explorer:
     def __init__(self, run: Run):
         """Raises RequestError: the run has no report, or its behaviour was not compared."""
         self.run, self.report = run, run.report
+        self._variant = Manifest.read(run.model).model_variant
         stages = [stage["name"] for stage in self.report["stages"]]
         first = (self.report["first_divergence"] or {}).get("stage") or (stages[0] if stages else None)
         images = len((self.report["captions"] or {}).get("ladder") or [None])
@@ -80,12 +83,9 @@ class Explorer:
         chosen = next(stage for stage in report["stages"] if stage["name"] == self.stage.value)
         first = report["first_divergence"]
         here = first if first and first["stage"] == self.stage.value else None
-        about = {"stage": chosen["name"], "heads": None, "channel_step": 1}
-        return {
-            **report,
-            "first_divergence": here,
-            "examined": about | {"channels": _flat(self.tensors.lavis).shape[1]},
-        }
+        heads, channels = heads_of(self._variant, chosen["name"]), _flat(self.tensors.lavis).shape[1]
+        about = {"stage": chosen["name"], "heads": heads, "channels": channels, "channel_step": 1}
+        return {**report, "first_divergence": here, "examined": about}
 
     def _examined(self) -> dict[str, np.ndarray]:
         assert self.tensors is not None
