@@ -76,7 +76,7 @@ def run(model, digests, request, progress=None):
     if pixels.shape[-1] != request["image_size"]:
         raise ValueError("LAVIS's processor made {} pixels, not {}".format(pixels.shape[-1], request["image_size"]))
     with torch.no_grad(), _plain_float32(model):
-        with recording(model, request["places"]) as recorded:
+        with recording(model, request["places"], request["inside"]) as recorded:
             model(dict(request["texts"], image=pixels[:1]))
         captions = {}
         for mode, options in CAPTION_MODES.items():

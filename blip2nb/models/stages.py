@@ -46,6 +46,13 @@ def stages(variant: Variant) -> list[Stage]:
     return [*_vision(variant), *_qformer(variant), *_language(variant)]
 
 
+def token_ids(variant: Variant) -> str:
+    """The place in LAVIS where the text's token ids arrive, without the image's."""
+    return {"opt": "opt_model.model.decoder.embed_tokens:0", "t5": "t5_model.encoder.embed_tokens:0"}[
+        variant.language.kind
+    ]
+
+
 def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
@@ -138,7 +145,13 @@ def _t5(variant: Variant) -> Iterator[Stage]:
         if stack == "decoder":
             yield Stage("language.decoder.input_ids", f"{ours}:input_ids", f"{theirs}:input_ids")
         table = "block.0.layer.0.SelfAttention.relative_attention_bias"
-        yield Stage(f"language.{stack}.position_bias", f"{ours}.{table}", f"{theirs}.{table}", modules=_same(""))
+        yield Stage(
+            f"language.{stack}.position_bias",
+            f"{ours}.{table}",
+            f"{theirs}.{table}",
+            inputs={"input": ":input"},  # which distance belongs to which bucket
+            modules=_same(""),
+        )
         for n in range(variant.language.layers):
             inputs = {"hidden_states": ":hidden_states"}
             if n > 0:  # block 0 looks the bias up and hands it on
@@ -146,6 +159,8 @@ def _t5(variant: Variant) -> Iterator[Stage]:
             if stack == "decoder":
                 inputs["encoder_hidden_states"] = ":encoder_hidden_states"
             parts = _T5_SELF + (_T5_CROSS if stack == "decoder" else ())
+            if n == 0:
+                parts += (table.removeprefix("block.0."),)
             last = 2 if stack == "decoder" else 1
             yield Stage(
                 f"language.{stack}.block.{n:02d}",

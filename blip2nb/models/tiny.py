@@ -68,19 +68,22 @@ WORDS = (
 # fmt: on
 
 
-def write_twin(variant: Variant, folder: Path) -> None:
+def write_twin(variant: Variant, folder: Path, seed: int = 0) -> None:
     """Write a twin's files, laid out as LAVIS's release and the hub have them. Whole or not at all.
 
     The folder then holds `eva_vit_g.pth`, the checkpoint by its released name, and the language model's folder.
+
+    Args:
+        seed: 0 for the twin itself; any other number gives the same architecture and files with other weights.
     """
     form = FORMS[variant.name]
-    tensors = twin_tensors(variant)
+    tensors = twin_tensors(variant, seed)
     language = {name: t for name, t in tensors.items() if name.startswith(variant.language_prefix)}
     vision = {name: t for name, t in tensors.items() if name.startswith("visual_encoder.")}
     trained = {name: t for name, t in tensors.items() if name not in language and name not in vision}
     if variant.vision_in_checkpoint:
         trained |= vision
-        vision = {name: t for name, t in twin_tensors(_pretrained(variant)).items() if name in vision}
+        vision = {name: t for name, t in twin_tensors(_pretrained(variant), seed).items() if name in vision}
     if form.trainer:
         trained |= _left_in(variant, tensors)
     with whole_directory(folder) as out:
@@ -101,19 +104,19 @@ def write_twin(variant: Variant, folder: Path) -> None:
         _write_language(variant, form, language, out / variant.language_folder)
 
 
-def twin_tensors(variant: Variant) -> dict[str, torch.Tensor]:
+def twin_tensors(variant: Variant, seed: int = 0) -> dict[str, torch.Tensor]:
     """A twin's tensors by LAVIS name, without aliases and buffers, in the dtypes real files have."""
     return {
-        name: _value(variant, name, entry.source_shape)
+        name: _value(variant, name, entry.source_shape, seed)
         for entry in entries(variant)
         if not isinstance(entry.rule, Tied | Drop)
         for name in entry.sources
     }
 
 
-def _value(variant: Variant, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _value(variant: Variant, name: str, shape: tuple[int, ...], number: int) -> torch.Tensor:
     """One tensor: noise of a scale that keeps activations sensible, in the dtype the real file has."""
-    seed = f"{variant.name}/{name}"
+    seed = f"{variant.name}/{name}" + (f"/{number}" if number else "")
     if name.endswith(("norm.weight", "Norm.weight", "norm1.weight", "norm2.weight", "ln_vision.weight")):
         array = 1 + _noise(seed, shape, 0.1)
     elif name.endswith("bias"):

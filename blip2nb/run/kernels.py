@@ -17,9 +17,9 @@ from blip2nb.errors import RequestError
 from blip2nb.models import configuration, inputs, lavis
 from blip2nb.models.directory import weights_hash
 from blip2nb.models.files import Opened, open_source, which
-from blip2nb.models.stages import parameter_pairs, stages
+from blip2nb.models.stages import parameter_pairs, stages, token_ids
 from blip2nb.runs import new_run
-from blip2nb.trace.stage import places
+from blip2nb.trace.stage import places, places_inside
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant
 from blip2nb.weights.mapping import Tied, entries
@@ -113,7 +113,8 @@ def prepare(folder: Path, opened: Opened, source: str, device: str = "cpu") -> P
         "images": names,
         "texts": words,
         "inputs_hash": inputs.inputs_hash(images, words),
-        "places": places(stages(model)),
+        "places": [*places(stages(model)), token_ids(model)],
+        "inside": places_inside(stages(model)),
         "device": device,
         "output": "tape.safetensors",
     }

@@ -27,7 +27,7 @@ class Stage:
             one that is left out carries upstream errors in.
         arrange: candidate's argument -> function from the reference's layout to the candidate's.
         modules: submodules within the stage, reference -> candidate path relative to the stage's own: what pairs
-            parameters and attributes. "" is the stage's module itself.
+            parameters and attributes, and where to look inside the stage. "" is the stage's module itself.
     """
 
     name: str
@@ -46,6 +46,12 @@ class Stage:
         """Path of the candidate's module."""
         return split_place(self.candidate)[0]
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """The modules inside: the candidate's path relative to the stage's module -> the reference's whole path."""
+        path = split_place(self.reference)[0]
+        return {ours: f"{path}.{theirs}" for theirs, ours in self.modules.items() if theirs and ours}
+
     def source(self, argument: str) -> str:
         """The reference's place for one of the candidate's arguments."""
         place = self.inputs[argument]
@@ -60,3 +66,9 @@ def places(stages: Iterable[Stage]) -> list[str]:
             wanted[stage.source(argument)] = None
         wanted[stage.reference] = None
     return list(wanted)
+
+
+def places_inside(stages: Iterable[Stage]) -> list[str]:
+    """What a reference must record to look inside the stages: what each paired module takes in and gives out."""
+    paths = [path for stage in stages for path in stage.parts.values()]
+    return [place for path in paths for place in (f"{path}:0", path)]

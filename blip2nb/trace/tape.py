@@ -1,7 +1,8 @@
 """A tape: what a reference model took in and gave out at named places, in one safetensors file.
 
 Stands alone, so that it can record where the reference lives: torch and safetensors only, Python 3.8. Places are
-written `path.of.a.module` (its output) or `path.of.a.module:argument` (what it was handed under that name).
+written `path.of.a.module` (its output) or `path.of.a.module:argument` (what it was handed under that name);
+`path.of.a.module:0` is its first argument, whatever that is called.
 """
 
 import contextlib
@@ -13,7 +14,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-FORMAT = 2
+FORMAT = 3
+
+SAMPLE = 32
+"""So many positions are kept of what a module inside a stage took in and gave out, where each is computed alone."""
+
+_MIXED = {"q", "k", "v", "qkv", "query", "key", "value", "q_proj", "k_proj", "v_proj", "qkv_proj"}
 
 
 def split_place(place):
@@ -33,13 +39,16 @@ def first_tensor(value):
 
 
 @contextlib.contextmanager
-def recording(model, places):
+def recording(model, places, samples=()):
     """Record places of `model` while the block runs; only the first call of each module counts.
 
     Args:
         model: any torch module. Its forward code runs as it is; each module's `forward` is called through a wrapper
             for as long as the block lasts, which works in every version of torch.
-        places: iterable of places.
+        places: iterable of places, each kept whole.
+        samples: more places, of which `SAMPLE` positions are enough. Kept whole all the same where positions are mixed
+            afterwards: what a module with modules of its own takes in, queries, keys and values, and look-ups. What a
+            module with modules of its own gives out is left away; the last of those gives it.
 
     Yields:
         dict place -> tensor (detached copy, on the CPU), filled as the model runs. An argument that was None or not
@@ -50,9 +59,14 @@ def recording(model, places):
         TypeError: the module's forward has no such argument.
     """
     wanted = {}  # type: dict
+    for place in samples:
+        path, argument = split_place(place)
+        module = model.get_submodule(path)
+        if argument is not None or not list(module.children()):
+            wanted.setdefault(path, {})[argument] = _thinned(path, module)
     for place in places:
         path, argument = split_place(place)
-        wanted.setdefault(path, set()).add(argument)
+        wanted.setdefault(path, {})[argument] = False
     by_module = {}  # type: dict
     for path, arguments in wanted.items():
         by_module.setdefault(model.get_submodule(path), []).append((path, arguments))
@@ -71,31 +85,49 @@ def recording(model, places):
                 module.forward = own
 
 
+def _thinned(path, module):
+    """Whether what a module does at one position depends on that position alone, also for what comes after it."""
+    mixed = path.rpartition(".")[2] in _MIXED or isinstance(module, torch.nn.Embedding)
+    return not mixed and not list(module.children())
+
+
 def _wrap(module, named, out):
     original = module.forward
     signature = inspect.signature(original)
     for path, arguments in named:
-        for argument in arguments - {None}:
+        for argument in set(arguments) - {None, "0"}:
             if argument not in signature.parameters:
                 raise TypeError("{}.forward has no argument {!r}, only {}".format(path, argument, signature))
 
     def forward(*args, **kwargs):
         bound = signature.bind(*args, **kwargs).arguments
         for path, arguments in named:
-            for argument in arguments - {None}:
-                _keep(out, "{}:{}".format(path, argument), bound.get(argument))
+            for argument, thin in arguments.items():
+                if argument is not None:
+                    value = next(iter(bound.values()), None) if argument == "0" else bound.get(argument)
+                    _keep(out, "{}:{}".format(path, argument), value, thin)
         result = original(*args, **kwargs)
         for path, arguments in named:
             if None in arguments:
-                _keep(out, path, first_tensor(result))
+                _keep(out, path, first_tensor(result), arguments[None])
         return result
 
     module.forward = forward
 
 
-def _keep(out, place, value):
+def _keep(out, place, value, thin):
     if isinstance(value, torch.Tensor) and place not in out:
-        out[place] = value.detach().to("cpu", copy=True).contiguous()
+        out[place] = (sample(value) if thin else value).detach().to("cpu", copy=True).contiguous()
+
+
+def sample(value):
+    """`SAMPLE` positions of a tensor (…, positions, channels), evenly spaced; the whole of a smaller one."""
+    return value[..., sample_rows(value.shape[-2]), :] if value.dim() > 1 else value
+
+
+def sample_rows(positions):
+    """Which of so many positions `sample` keeps."""
+    return [n * positions // SAMPLE for n in range(SAMPLE)] if positions > SAMPLE else list(range(positions))
 
 
 @contextlib.contextmanager
