@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2nb.errors import RequestError
 from blip2nb.report import Report
 from blip2nb.runs import Run, find_run, new_run, run_of_model
-from blip2nb.variants import variant
+from blip2nb.variants import Variant, variant
 from blip2nb.weights.convert import CASTS, Manifest
 from blip2nb.weights.download import locate
 from blip2nb.weights.writer import parse_size
@@ -19,6 +19,8 @@ from blip2nb.weights.writer import parse_size
 if TYPE_CHECKING:
     from blip2nb.display.difference import Difference
     from blip2nb.display.explorer import Explorer
+    from blip2nb.models.files import Opened
+    from blip2nb.models.inputs import Chosen, Paths
     from blip2nb.models.preview import Preview
     from blip2nb.models.revert import Reverted
     from blip2nb.trace.tape import Tape
@@ -150,6 +152,16 @@ def check(target: str | Path | Run, source: str | Path = "", base: str | Path = 
     return Check(run.model, len(manifest.written), at_hand, tuple(directory.check_model(run.model, opened)))
 
 
+def _source_of(run: Run, source: str | Path = "", base: str | Path = "") -> Opened | None:
+    """What a run was converted from, opened, if it is here; nothing is downloaded for it."""
+    from blip2nb.models.files import open_source
+
+    source, base = source or run.source, base or run.base
+    named = variant(Manifest.read(run.model).model)
+    at_hand = bool(source or base) or named.twin or all(part.here for part in locate(named))
+    return open_source(named, source, base) if at_hand else None
+
+
 def _run_of(target: str | Path | Run) -> Run:
     return target if isinstance(target, Run) else find_run(target)
 
@@ -202,23 +214,27 @@ def capture(
     lavis_python: str | Path = "",
     device: str = "cpu",
     notebook: bool = False,
+    images: Paths = (),
+    texts: str | Sequence[str] = (),
 ) -> Tape:
-    """Have LAVIS itself run a model's weights on the demo inputs and record what happens: the reference.
+    """Have LAVIS itself run a model's weights on the demo inputs, or on others, and record what happens: the reference.
 
     Args:
         model: the variant's name, or a run.
         source, base: as for `convert`.
-        output: the tape's path; the run's tape.safetensors unless given.
+        output: the tape's path; the run's tape.safetensors, or tape-images.safetensors, unless given.
         lavis_python: the python of an environment with LAVIS; found by itself where `make lavis` made one.
         device: "cpu" or a GPU's name, for LAVIS. Float32 on both.
         notebook: run notebooks/lavis.ipynb on the `lavis` kernel, through papermill, instead of the bare script, and
             keep the executed notebook beside the tape.
+        images: image files and folders of them, instead of the demo's. Each is shown with each text.
+        texts: each stands beside the image in `forward`, and before the caption as its prompt.
 
     Raises:
-        RequestError: there is no LAVIS, or it could not do it.
+        RequestError: there is no LAVIS, or it could not do it; or there is no image to show.
     """
-    from blip2nb.models.files import open_source, which
-    from blip2nb.run import kernels, reference
+    from blip2nb.models.files import which
+    from blip2nb.models.inputs import choose
 
     if isinstance(model, str):
         wanted = which(model, source)
@@ -226,12 +242,31 @@ def capture(
     else:
         run, wanted = model, variant(Manifest.read(model.model).model)
         source, base = source or run.source, base or run.base
+    chosen = choose(wanted, images, texts)
+    return _record(run, wanted, chosen, source, base, output, lavis_python, device, notebook)
+
+
+def _record(
+    run: Run,
+    wanted: Variant,
+    chosen: Chosen | None,
+    source: str | Path,
+    base: str | Path,
+    output: str | Path,
+    lavis_python: str | Path,
+    device: str,
+    notebook: bool,
+) -> Tape:
+    from blip2nb.models.files import open_source
+    from blip2nb.run import kernels, reference
+
     lavis = reference.require_lavis(lavis_python, wanted)
     opened = open_source(wanted, source, base)
-    path = Path(output).expanduser().resolve() if output else run.tape_path
+    own = run.tape_path if chosen is None else reference.images_tape(run)
+    path = Path(output).expanduser().resolve() if output else own
     with _steps("LAVIS") as say:
         kind = Path(source).name if source else "twin" if wanted.twin else "released files"
-        return kernels.capture(opened, path, lavis, kind, device, notebook, progress=say)
+        return kernels.capture(opened, path, lavis, kind, device, notebook, say, chosen)
 
 
 def verify(
@@ -246,6 +281,8 @@ def verify(
     output: str | Path = "",
     notebook: bool = False,
     figures: bool = True,
+    images: Paths = (),
+    texts: str | Sequence[str] = (),
 ) -> Report:
     """Prove that a converted directory is the model LAVIS runs, and say where it first goes wrong if it is not.
 
@@ -258,6 +295,9 @@ def verify(
         source, base, lavis_python, device, notebook: for making one, as for `capture`.
         output: the folder for report and figures; the run's own unless given.
         figures: also draw them, and make report.html.
+        images: image files and folders of them, to compare on instead of the demo's: behaviour is then compared, or
+            the request refused. Each is shown with each text. The recording of them is kept in the run's folder.
+        texts: each stands beside the image in `forward`, and before the caption as its prompt.
 
     Returns:
         The report, which is also written to the run's folder.
@@ -265,6 +305,7 @@ def verify(
     Raises:
         RequestError: the request is wrong, among others: `both` without a way to a tape.
     """
+    from blip2nb.models.inputs import choose
     from blip2nb.models.verify import verify as prove
     from blip2nb.run import kernels, reference
 
@@ -274,16 +315,21 @@ def verify(
     if output:
         run = dataclasses.replace(run, folder=Path(output).expanduser().resolve())
     manifest = Manifest.read(run.model)
+    if (images or texts) and proof == "weights":
+        raise RequestError("--images and --text show both models something; --proof weights runs neither.")
+    chosen = choose(manifest.model_variant, images, texts)
+    proof = proof if chosen is None else "both"
     found = None
     if tape and proof != "weights":
-        found = reference.given_tape(Path(tape).expanduser(), manifest)
+        found = reference.given_tape(Path(tape).expanduser(), manifest, chosen)
     elif reference.can_compare(proof, manifest):
-        found = reference.find_tape(run, manifest)
+        found = reference.find_tape(run, manifest, chosen)
         if found is None and (proof == "both" or kernels.find_lavis(lavis_python) is not None):
-            found = capture(run, source, base=base, lavis_python=lavis_python, device=device, notebook=notebook)
+            made_of = source or run.source, base or run.base
+            found = _record(run, variant(manifest.model), chosen, *made_of, "", lavis_python, device, notebook)
     with _steps("verify") as say:
         again = reference.completion(run, manifest, source or run.source, base or run.base)
-        report = prove(run.model, found, again, progress=say)
+        report = prove(run.model, found, again, say, source=lambda: _source_of(run, source, base))
     report.save(run.folder)
     if figures:
         draw(run)
@@ -360,8 +406,11 @@ def draw(run: Run) -> list[Path]:
     for stem in plots.FIGURES:  # of an earlier report, which may have had data for more
         for path in run.figures.glob(f"{stem}*"):
             path.unlink()
-    paths = plots.save(report.content, report.arrays, run.figures)
-    drawn = {path.stem: path.read_bytes() for path in paths if path.suffix == ".png"}
+    drawn = plots.rasters(report.content, report.arrays)
+    paths = [
+        plots.save_image(image, run.figures / f"{name}.png", name, plots.alt_text(name, report.content, report.arrays))
+        for name, image in drawn.items()
+    ]
     return [*paths, page.save(report.content, report.arrays, run.page, drawn)]
 
 
@@ -396,6 +445,7 @@ def explore(target: str | Path | Run) -> Explorer:
         RequestError: there is no such run, it was not verified, or its converted model was removed.
     """
     from blip2nb.display.explorer import Explorer
+    from blip2nb.models.files import Opened
 
     return Explorer(_run_of(target))
 

@@ -54,6 +54,20 @@ LavisPython = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where LAVIS runs: cpu, cuda, cuda:1 …")]
 
+Images = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATH", help="An image, or a folder of images, to show instead of the demo's; more with --images again."
+    ),
+]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Shown with each image: beside it in the forward pass, before its caption as the prompt. More with --text."
+    ),
+]
+Texts = Annotated[str, typer.Option(metavar="FILE", help="A file of such texts, one a line.")]
+
 
 def main() -> None:
     """Entry point: runs the command and turns the kit's errors into one sentence and an exit status."""
@@ -250,18 +264,38 @@ def capture(
     base: Base = "",
     lavis_python: LavisPython = "",
     device: Device = "cpu",
+    images: Images = None,
+    text: Text = None,
+    texts: Texts = "",
     as_json: Json = False,
 ) -> None:
     """Have LAVIS itself run the model and record it: the reference that `verify` compares with."""
     from blip2nb import api
 
-    tape = api.capture(model, source, base=base, output=output, lavis_python=lavis_python, device=device)
+    tape = api.capture(
+        model,
+        source,
+        base=base,
+        output=output,
+        lavis_python=lavis_python,
+        device=device,
+        images=images or (),
+        texts=_all_texts(text, texts),
+    )
     if as_json:
         _print_json(
             {"tape": tape.path, **{name: tape.metadata[name] for name in ("model", "weights_hash", "versions")}}
         )
         return
     print(tape.path)
+
+
+def _all_texts(named: list[str] | None, file: str) -> list[str]:
+    if not file:
+        return named or []
+    from blip2nb.models.inputs import read_texts
+
+    return [*(named or []), *read_texts(file)]
 
 
 @app.command()
@@ -274,6 +308,9 @@ def verify(
     lavis_python: LavisPython = "",
     device: Device = "cpu",
     output: Output = "",
+    images: Images = None,
+    text: Text = None,
+    texts: Texts = "",
     figures: Annotated[bool, typer.Option(help="Also draw the figures.")] = True,
     keep_model: Annotated[bool, typer.Option(help="Or remove the model at the end; the report stays.")] = True,
     as_json: Json = False,
@@ -296,6 +333,8 @@ def verify(
         device=device,
         output=output,
         figures=figures,
+        images=images or (),
+        texts=_all_texts(text, texts),
     )
     api.finish(run, keep_model)
     if as_json:

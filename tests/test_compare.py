@@ -254,8 +254,11 @@ def test_what_a_stage_raises_on_the_references_inputs_names_the_stage(toys):
         "last", "head", "head", inputs={"input": ":input"}, arrange={"input": lambda value: value[..., 1:]}
     )
     with pytest.raises(RuntimeError) as caught:
-        trace.compare(reference, candidate, [stage], torch.tensor([[1]]))
+        trace.compare(reference, candidate, [stage], torch.tensor([[1]]), explain=False)
     assert "the stage last" in "".join(caught.value.__notes__)
+    finding = trace.compare(reference, candidate, [stage], torch.tensor([[1]])).findings[-1]
+    assert (finding.stage, finding.module) == ("last", "head")
+    assert "it stops there: RuntimeError" in finding.causes[0].words
 
 
 def test_a_comparison_of_ones_own_models_is_shown_and_drawn(toys):

@@ -26,6 +26,9 @@ EPS = {
 }
 
 
+FAULT = {"causes": [{"id": "bias_missing"}]}
+
+
 def stage(excess=1.0, fixed=1.0, arrival=0.0):
     return {
         "name": "vision.post_layernorm",
@@ -35,7 +38,7 @@ def stage(excess=1.0, fixed=1.0, arrival=0.0):
     }
 
 
-def found(stages, explains=(), captions=True, captions_fixed=True, pixels=True, **weights):
+def found(stages, explains=(), captions=True, captions_fixed=True, pixels=True, faults=(), **weights):
     whole = {"missing": [], "unexpected": [], "misshapen": [], "roundtrip_differences": [], "modules_different": []}
     return {
         "proof": "both",
@@ -46,7 +49,8 @@ def found(stages, explains=(), captions=True, captions_fixed=True, pixels=True, 
         "captions": {"equal": captions, "equal_when_fixed": captions_fixed},
         "pixel_values": {"equal": pixels},
         "logits": {"relative": 1e-5, "top1_agreement": 1.0, "fixed": {"relative": 1e-7}},
-        "first_divergence": {"stage": "vision.post_layernorm", "cause": "eps"},
+        "first_divergence": {"stage": "vision.post_layernorm", "module": "vision_model.post_layernorm", "cause": "eps"},
+        "faults": list(faults),
     }
 
 
@@ -57,10 +61,8 @@ def found(stages, explains=(), captions=True, captions_fixed=True, pixels=True, 
         (found([stage(150)], AT), "explained", ["post_layernorm_eps"], "safe to ship"),
         (found([stage(150)], AT, captions=False), "explained", ["post_layernorm_eps"], "apply the fix"),
         (found([stage()], captions=False), "explained", ["post_layernorm_eps"], "apply the fix"),
-        (found([stage(150, fixed=20)], AT), "diverges", ["post_layernorm_eps"], "First wrong at"),
-        (found([stage(150)]), "diverges", [], "First wrong at"),
-        (found([stage(math.nan, math.nan)]), "diverges", [], "First wrong at"),
-        (found([stage(arrival=1e-3)]), "diverges", [], "First wrong at"),
+        (found([stage(150, fixed=20)], AT, faults=[FAULT]), "diverges", ["bias_missing"], "First wrong at"),
+        (found([stage(150)], faults=[FAULT, FAULT]), "diverges", ["bias_missing"], "2 faults in all"),
         (found([stage()], captions=False, captions_fixed=False), "diverges", [], "captions do not"),
         (found([stage()], pixels=False), "diverges", [], "image processor"),
         (found([stage()], missing=["x"]), "diverges", [], "x is missing"),

@@ -68,47 +68,125 @@ def run(model, digests, request, progress=None):
     """
     say = progress or log.info
     started = time.time()
-    device = torch.device(request["device"])
-    model = model.to(device)
-    say("running it on {} image(s)".format(len(request["images"])))
-    processor = _eval_processor(request)
-    pixels = torch.stack([processor(_open_image(path)) for path in request["images"]]).to(device)
-    if pixels.shape[-1] != request["image_size"]:
-        raise ValueError("LAVIS's processor made {} pixels, not {}".format(pixels.shape[-1], request["image_size"]))
-    with torch.no_grad(), _plain_float32(model):
-        with recording(model, request["places"], request["inside"]) as recorded:
-            model(dict(request["texts"], image=pixels[:1]))
-        captions = {}
-        for mode, options in CAPTION_MODES.items():
-            say("captioning, {}".format(mode))
-            captions[mode] = caption(model, pixels, **options)
-    recorded["pixel_values"] = pixels[:1].cpu()
-    for number, path in enumerate(request["images"]):
-        with open(path, "rb") as file:
-            recorded["image.{}".format(number)] = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-    metadata = {
-        "model": request["model"],
-        "class": request["class"],
-        "type": request["type"],
-        "source": request["source"],
-        "texts": request["texts"],
-        "prompt": request["prompt"],
-        "captions": captions,
-        "pixels_sha256": [_sha256(one) for one in pixels],
-        "parameters": digests,
-        "weights_hash": combine(digests),
-        "source_hash": request["source_hash"],
-        "inputs_hash": request["inputs_hash"],
-        "attributes": attributes(model),
-        "device": str(device),
-        "dtype": "float32",
-        "autocast": "none" if device.type == "cpu" else "switched off",
-        "versions": versions(),
-        "seconds": round(time.time() - started, 2),
-    }
-    save_tape(request["output"], recorded, metadata)
+    model = model.to(torch.device(request["device"]))
+    pixels = _pixels(request)
+    named = request.get("takes")
+    takes = named or [
+        {"picture": number, "texts": request["texts"], "prompt": request["prompt"]} for number in range(len(pixels))
+    ]
+    say("running it on {} image(s)".format(len(pixels)))
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(request["output"]) or ".") as scratch:
+        with torch.no_grad(), _plain_float32(model):
+            recorded, parts = _record_takes(model, request, takes if named else takes[:1], pixels, scratch, say)
+            captions = _captions(model, takes, pixels, say)
+        for number, path in enumerate(request["images"]):
+            image = {"image.{}".format(number): _bytes_of(path)}
+            if named:
+                parts.append(("", _spill(image, scratch, "image-{}".format(number))))
+            else:
+                recorded.update(image)
+        metadata = {
+            "model": request["model"],
+            "class": request["class"],
+            "type": request["type"],
+            "source": request["source"],
+            "texts": request["texts"],
+            "prompt": request["prompt"],
+            "captions": captions,
+            "pixels_sha256": [_sha256(one) for one in pixels],
+            "parameters": digests,
+            "weights_hash": combine(digests),
+            "source_hash": request["source_hash"],
+            "inputs_hash": request["inputs_hash"],
+            "attributes": attributes(model),
+            "device": request["device"],
+            "dtype": "float32",
+            "autocast": "none" if torch.device(request["device"]).type == "cpu" else "switched off",
+            "versions": versions(),
+            "seconds": round(time.time() - started, 2),
+        }
+        if named:
+            metadata.update(takes=takes, skipped=request["skipped"])
+        save_tape(request["output"], recorded, metadata, parts)
     say("wrote {}".format(request["output"]))
     return metadata
+
+
+def _pixels(request):
+    """What LAVIS's processor makes of each of the request's images: a list of (3, height, width)."""
+    processor = _eval_processor(request)
+    pixels = [processor(_open_image(path)) for path in request["images"]]
+    if pixels[0].shape[-1] != request["image_size"]:
+        raise ValueError("LAVIS's processor made {} pixels, not {}".format(pixels[0].shape[-1], request["image_size"]))
+    return pixels
+
+
+def _record_takes(model, request, takes, pixels, scratch, say):
+    """Run each take's image and texts. Returns what was recorded of the first, and the tapes that hold the others:
+    together they may be larger than the memory. Only of the first is recorded what happens inside the stages."""
+    first, parts = {}, []  # type: dict, list
+    device = torch.device(request["device"])
+    for number, take in enumerate(takes):
+        if len(takes) > 1:
+            say("recording {} of {}".format(number + 1, len(takes)))
+        image = pixels[take["picture"]][None]
+        with recording(model, request["places"], () if number else request["inside"]) as recorded:
+            model(dict(take["texts"], image=image.to(device)))
+        recorded["pixel_values"] = image
+        if number:
+            parts.append(("take.{}/".format(number), _spill(recorded, scratch, "take-{}".format(number))))
+        else:
+            first = recorded
+    return first, parts
+
+
+def _spill(tensors, folder, name):
+    path = os.path.join(folder, name)
+    save_tape(path, tensors)
+    return path
+
+
+def _captions(model, takes, pixels, say):
+    device = next(model.parameters()).device
+
+    def made(options, prompt, places):
+        images = torch.stack([pixels[takes[place]["picture"]] for place in places]).to(device)
+        return caption(model, images, prompt, **options)
+
+    captions = {}
+    for mode, options in CAPTION_MODES.items():
+        say("captioning, {}".format(mode))
+        captions[mode] = in_batches([take["prompt"] for take in takes], functools.partial(made, options))
+    return captions
+
+
+BATCH = 8
+"""So many images are captioned at once."""
+
+
+def in_batches(prompts, captioned):
+    """Caption many images a few at a time, those with one prompt together, so that no prompt needs padding.
+
+    Args:
+        prompts: one per caption.
+        captioned: called with a prompt and the numbers of the captions that are due; returns lists by name, each with
+            an item for each of these.
+
+    Returns:
+        The same lists for all captions, in the order of `prompts`.
+    """
+    due = {}  # type: dict
+    for number, prompt in enumerate(prompts):
+        due.setdefault(prompt, []).append(number)
+    out = {}  # type: dict
+    for prompt, numbers in due.items():
+        for start in range(0, len(numbers), BATCH):
+            places = numbers[start : start + BATCH]
+            for what, values in captioned(prompt, places).items():
+                whole = out.setdefault(what, [None] * len(prompts))
+                for at, place in enumerate(places):
+                    whole[place] = values[at]
+    return out
 
 
 def enter(model, request, path):
@@ -182,8 +260,8 @@ def _plain_float32(model):
         torch.backends.cudnn.allow_tf32 = allowed
 
 
-def caption(model, pixels, **options):
-    """LAVIS's `generate`, keeping the token ids that it decodes and throws away.
+def caption(model, pixels, prompt, **options):
+    """LAVIS's `generate` behind a prompt, keeping the token ids that it decodes and throws away.
 
     Returns:
         {"ids": one list per image, from the first new token to the end-of-sequence token, "text": one string per
@@ -207,7 +285,7 @@ def caption(model, pixels, **options):
         return result
 
     with mock.patch.object(language, "generate", keep), mock.patch.object(language.lm_head, "forward", keep_scores):
-        text = model.generate({"image": pixels}, **options)
+        text = model.generate({"image": pixels, "prompt": prompt}, **options)
     end = model.eos_token_id if hasattr(model, "eos_token_id") else language.config.eos_token_id
     ids = [until(row[kept["start"] :].tolist(), end) for row in kept["out"]]
     said = {"ids": ids, "text": [one.strip() for one in text]}
@@ -465,6 +543,11 @@ def _open_image(path):
     from PIL import Image
 
     return Image.open(path).convert("RGB")
+
+
+def _bytes_of(path):
+    with open(path, "rb") as file:
+        return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
 
 
 def _sha256(tensor):

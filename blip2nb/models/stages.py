@@ -21,6 +21,7 @@ _BLOCK = {
     "attn.qkv": "self_attn.qkv",
     "attn.proj": "self_attn.projection",
     "norm2": "layer_norm2",
+    "mlp": "mlp",
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
 }
@@ -28,17 +29,25 @@ _ATTENTION = {
     "{kind}.self.query": "{kind}.attention.query",
     "{kind}.self.key": "{kind}.attention.key",
     "{kind}.self.value": "{kind}.attention.value",
+    "{kind}.self": "{kind}.attention",
+    "{kind}.output": "{kind}.output",
     "{kind}.output.dense": "{kind}.output.dense",
     "{kind}.output.LayerNorm": "{kind}.output.LayerNorm",
 }
-_FEED_FORWARD = ("intermediate_query.dense", "output_query.dense", "output_query.LayerNorm")
-_OPT_LAYER = (
-    "self_attn_layer_norm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
-    "final_layer_norm", "fc1", "fc2",
+_FEED_FORWARD = (
+    "intermediate_query", "intermediate_query.dense", "output_query", "output_query.dense", "output_query.LayerNorm",
 )  # fmt: skip
-_T5_SELF = tuple(f"layer.0.{part}" for part in ("layer_norm", *(f"SelfAttention.{x}" for x in "qkvo")))
-_T5_CROSS = tuple(f"layer.1.{part}" for part in ("layer_norm", *(f"EncDecAttention.{x}" for x in "qkvo")))
-_T5_MLP = ("layer_norm", "DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo")
+_OPT_LAYER = (
+    "self_attn_layer_norm", "self_attn", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+    "self_attn.out_proj", "final_layer_norm", "fc1", "fc2",
+)  # fmt: skip
+_T5_SELF = (
+    "layer.0", "layer.0.layer_norm", "layer.0.SelfAttention", *(f"layer.0.SelfAttention.{part}" for part in "qkvo")
+)  # fmt: skip
+_T5_CROSS = (
+    "layer.1", "layer.1.layer_norm", "layer.1.EncDecAttention", *(f"layer.1.EncDecAttention.{part}" for part in "qkvo")
+)  # fmt: skip
+_T5_MLP = ("layer_norm", "DenseReluDense", *(f"DenseReluDense.{part}" for part in ("wi_0", "wi_1", "wo")))
 
 
 def stages(variant: Variant) -> list[Stage]:
@@ -168,7 +177,7 @@ def _t5(variant: Variant) -> Iterator[Stage]:
                 f"{theirs}.block.{n}",
                 inputs=inputs,
                 arrange={"position_bias": _heads_first},
-                modules=_same(*parts, *(f"layer.{last}.{part}" for part in _T5_MLP)),
+                modules=_same(*parts, f"layer.{last}", *(f"layer.{last}.{part}" for part in _T5_MLP)),
             )
         yield Stage(
             f"language.{stack}.final_layer_norm",

@@ -15,12 +15,23 @@ import numpy as np
 import torch
 
 from blip2nb.errors import RequestError
-from blip2nb.models import evidence, huggingface
+from blip2nb.models import evidence, huggingface, symptoms, takes
+from blip2nb.models.knowledge import knowledge
 from blip2nb.models.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
 from blip2nb.report import Report
-from blip2nb.trace.comparison import ARRIVAL_TOLERANCE, Comparison, StageResult, compare, exceeds, faulty
-from blip2nb.trace.diagnose import AttributeDifference, attribute_differences, repaired
-from blip2nb.trace.metrics import compare_logits
+from blip2nb.trace.comparison import Comparison, compare, faulty
+from blip2nb.trace.diagnose import (
+    AttributeDifference,
+    Finding,
+    Known,
+    attribute_differences,
+    ranked,
+    repaired,
+    weight_cause,
+)
+from blip2nb.trace.metrics import compare_logits, distance
+from blip2nb.trace.tape import recording
+from blip2nb.trace.weights import kind_of
 from blip2nb.variants import Variant
 from blip2nb.weights import hashing, stored
 from blip2nb.weights.convert import LOSSY, Manifest, inverse_tensors
@@ -30,6 +41,7 @@ from blip2nb.weights.sources import open_folder, shapes
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from blip2nb.models.files import Opened
     from blip2nb.trace.stage import Stage
     from blip2nb.trace.tape import Tape
 
@@ -44,7 +56,13 @@ CAPTION_MODES: dict[str, dict[str, Any]] = {
 beam's score by different lengths, so only the first two must agree."""
 
 
-def verify(folder: Path, tape: Tape | None, completion: str = "", progress: Progress | None = None) -> Report:
+def verify(
+    folder: Path,
+    tape: Tape | None,
+    completion: str = "",
+    progress: Progress | None = None,
+    source: Callable[[], Opened | None] = lambda: None,
+) -> Report:
     """Prove a converted directory.
 
     Args:
@@ -52,6 +70,7 @@ def verify(folder: Path, tape: Tape | None, completion: str = "", progress: Prog
         tape: LAVIS's recording of the same weights; without one only the weights are proven.
         completion: the commands that add the second proof, for a report that has only the first.
         progress: called with a word at each step.
+        source: opens what it was converted from, or gives None; asked when a weight is wrong, for the right one.
 
     Raises:
         RequestError: the directory is not one of ours, or does not load.
@@ -71,6 +90,7 @@ def verify(folder: Path, tape: Tape | None, completion: str = "", progress: Prog
         "logits": None,
         "stages": [],
         "known_differences": [],
+        "faults": [],
         "first_divergence": None,
         "captions": None,
         "versions": {"converted with": dict(manifest.versions), "checked with": versions()},
@@ -83,7 +103,7 @@ def verify(folder: Path, tape: Tape | None, completion: str = "", progress: Prog
         content["proof"] = "weights"  # it does not load whole, so there is nothing to run
     else:
         content["versions"]["reference"] = tape.metadata["versions"]
-        _prove_behaviour(folder, model, tape, content, arrays, say)
+        _prove_behaviour(folder, model, tape, source, content, arrays, say)
     content |= _verdict(content)
     content["seconds"] = round(time.time() - started, 2)
     return Report(content, arrays)
@@ -160,6 +180,14 @@ def _round_trip(folder: Path, manifest: Manifest, model: Variant) -> tuple[bool 
     return not differences, differences
 
 
+def parameter_names(different: Sequence[str], saved: Any, model: Variant) -> list[str]:
+    """The names in transformers of the parameters that the proof of the weights found to be others."""
+    words = {word.strip(".,:;'\"()") for sentence in different for word in sentence.split()}
+    pairs = parameter_pairs(model)
+    words |= {pairs[word][0] for word in words if word in pairs}
+    return sorted(name for name in saved if name in words)
+
+
 def _modules(saved: Any, model: Variant, tape: Tape | None) -> tuple[bool | None, list[str], int]:
     """Compare each parameter that was in LAVIS's modules with the one in the module the stages pair it with."""
     if tape is None:
@@ -184,23 +212,28 @@ def _modules(saved: Any, model: Variant, tape: Tape | None) -> tuple[bool | None
 
 
 def _prove_behaviour(
-    folder: Path, model: Variant, tape: Tape, content: dict[str, Any], arrays: dict[str, np.ndarray], say: Progress
+    folder: Path,
+    model: Variant,
+    tape: Tape,
+    source: Callable[[], Opened | None],
+    content: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+    say: Progress,
 ) -> None:
     say("loading")
     loaded = huggingface.load(folder)
     images = tape_images(tape)
     inputs = huggingface.forward_inputs(loaded, model, images[0], tape.metadata["texts"])
     content["pixel_values"], shown = evidence.pixels(folder, tape, inputs["pixel_values"], images[0])
-    table = stages(model)
     say("stages")
-    shipped = compare(tape, loaded.model, table, inputs, progress=say)
-    say("counter-test")
-    known, unknown = _differences(tape, loaded.model, model)
-    with repaired(loaded.model, [difference for _, difference in known]):
-        fixed = compare(tape, loaded.model, table, inputs, progress=say) if known else None
-        say("captions")
-        captions_fixed = _captions(loaded, tape, images) if known else None
+    seen = _behaviour(folder, loaded, model, tape, inputs, source, say)
+    table, shipped, fixed = seen.table, seen.shipped, seen.fixed
+    say("captions")
     captions = _captions(loaded, tape, images)
+    captions_fixed = None
+    if seen.known:
+        with repaired(loaded.model, [difference for _, difference in seen.known]):
+            captions_fixed = captions if captions["equal"] else _captions(loaded, tape, images)
     expected = tape[table[-1].reference]
     content["threshold"] = shipped.threshold
     content["stages"] = [_stage(stage, number, shipped, fixed) for number, stage in enumerate(table)]
@@ -208,10 +241,13 @@ def _prove_behaviour(
     if fixed is not None:
         content["logits"]["fixed"] = compare_logits(fixed.outputs["logits"], expected)
     content["captions"] = captions | {"equal_when_fixed": captions_fixed["equal"] if captions_fixed else None}
-    content["known_differences"] = [_known(one, found, shipped, fixed) for one, found in known]
+    content["known_differences"] = [_known(one, found, shipped, fixed) for one, found in seen.known]
     content["known_differences"] += _beam_search(tape, captions)
-    content["attribute_differences"] = [str(one) for one in unknown]
-    content["first_divergence"] = _first_divergence(shipped, unknown, content)
+    content["attribute_differences"] = [str(one) for one in seen.unknown]
+    faults = [*seen.findings, *_of_weights(folder, model, tape, source, content["weights"], seen.findings)]
+    faults.sort(key=lambda finding: _place_of(finding, table))
+    content["faults"] = [finding.report() for finding in faults]
+    content["first_divergence"] = _first_divergence(faults, content)
     content["fusion"], biases = evidence.fusion(loaded.model, tape)
     content["sequences"] = evidence.sequences(loaded, model, tape, inputs)
     content["examined"], looked_at = evidence.examined(shipped, table, tape, model, content["first_divergence"])
@@ -220,6 +256,159 @@ def _prove_behaviour(
     content["top_tokens"] = [loaded.processor.tokenizer.decode([token]) for token in likeliest]
     arrays |= shown | biases | looked_at | said | evidence.token_errors(shipped)
     arrays |= evidence.activations(table, shipped.outputs, tape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Behaviour:
+    """What running the model showed.
+
+    Attributes:
+        shipped: the model as it is.
+        fixed: with the known differences of today's transformers put right; None where there are none.
+        known, unknown: attributes in which the modules differ, those that are known of transformers and those not.
+        findings: the faults that are left then.
+    """
+
+    table: list[Stage]
+    shipped: Comparison
+    fixed: Comparison | None
+    known: list[tuple[KnownDifference, AttributeDifference]]
+    unknown: list[AttributeDifference]
+    findings: list[Finding]
+
+
+def _behaviour(
+    folder: Path,
+    loaded: huggingface.Loaded,
+    model: Variant,
+    tape: Tape,
+    inputs: Mapping[str, Any],
+    source: Callable[[], Opened | None],
+    say: Progress,
+) -> _Behaviour:
+    table = stages(model)
+    known, unknown = _differences(tape, loaded.model, model)
+    exact = loaded.model.dtype == torch.float32
+    of_lavis = knowledge(model, tape, folder, source, unknown) if exact else Known(differences=unknown)
+    with repaired(loaded.model, [difference for _, difference in known]):
+        found = compare(tape, loaded.model, table, inputs, known=of_lavis, progress=say)
+    shipped = _as_shipped(found, loaded, table, tape, inputs, known) if known and not found.stopped else found
+    findings = _of_inputs(list(found.findings), loaded, model, tape, inputs)
+    return _Behaviour(table, shipped, found if known else None, known, unknown, findings)
+
+
+def _as_shipped(
+    fixed: Comparison,
+    loaded: huggingface.Loaded,
+    table: Sequence[Stage],
+    tape: Tape,
+    inputs: Mapping[str, Any],
+    known: Sequence[tuple[KnownDifference, AttributeDifference]],
+) -> Comparison:
+    """The model without the fixes. Where a stage is fed LAVIS's inputs only the stages that hold a fix are others; what
+    passes through the whole model is measured again."""
+    touched = {one.stage for one, _ in known}
+    again = compare(tape, loaded.model, [stage for stage in table if stage.name in touched], inputs, explain=False)
+    with torch.no_grad(), recording(loaded.model, [stage.candidate for stage in table]) as outputs:
+        loaded.model(**inputs)
+    measured = {one.name: one for one in again.stages}
+    results = []
+    for stage, one in zip(table, fixed.stages, strict=True):
+        drift = distance(outputs[stage.candidate], tape[stage.reference]) if stage.candidate in outputs else None
+        results.append(dataclasses.replace(measured.get(stage.name, one), drift=drift))
+    by_name = {stage.name: outputs[stage.candidate] for stage in table if stage.candidate in outputs}
+    return Comparison(
+        tuple(results),
+        by_name,
+        {**fixed.local_outputs, **again.local_outputs},
+        {**fixed.token_errors, **again.token_errors},
+    )
+
+
+def findings(
+    folder: Path,
+    tape: Tape,
+    *,
+    loaded: huggingface.Loaded | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    source: Callable[[], Opened | None] = lambda: None,
+    progress: Progress | None = None,
+) -> list[Finding]:
+    """Every fault of a converted directory that both proofs find, with its module and likely causes, and nothing else:
+    no captions, no figures. The known differences of today's transformers are put right beforehand.
+
+    Args:
+        loaded: a model that was changed after loading, to be looked at instead of the directory's.
+        inputs: what to call it with instead of what LAVIS was shown.
+        source: as for `verify`.
+    """
+    manifest = Manifest.read(folder)
+    model = manifest.model_variant
+    weights = prove_weights(folder, manifest, model, tape)
+    loaded = huggingface.load(folder) if loaded is None else loaded
+    if inputs is None:
+        inputs = huggingface.forward_inputs(loaded, model, tape_images(tape)[0], tape.metadata["texts"])
+    seen = _behaviour(folder, loaded, model, tape, inputs, source, progress or (lambda word: None))
+    found = [*seen.findings, *_of_weights(folder, model, tape, source, weights, seen.findings)]
+    return sorted(found, key=lambda finding: _place_of(finding, seen.table))
+
+
+def _of_inputs(
+    found: list[Finding], loaded: huggingface.Loaded, model: Variant, tape: Tape, inputs: Mapping[str, Any]
+) -> list[Finding]:
+    """What arrives wrong because the pixels or the tokens are, with that as its cause, once."""
+    out: list[Finding] = []
+    tokens = symptoms.token_causes(loaded, model, inputs, tape)
+    for finding in found:
+        if finding.stage == "pixels":
+            causes = symptoms.pixel_causes(loaded, model, tape_images(tape)[0], inputs["pixel_values"], tape)
+            finding = dataclasses.replace(finding, causes=tuple(ranked([*causes, *finding.causes])))
+        if (
+            tokens
+            and finding.part == "input"
+            and finding.stage in ("language.inputs_embeds", "language.attention_mask")
+        ):
+            finding = dataclasses.replace(finding, causes=tuple(ranked([*tokens, *finding.causes])))
+            if any(one.stage == "language.inputs_embeds" for one in out):
+                continue  # the mask is as long as the text
+        out.append(finding)
+    return out
+
+
+def _of_weights(
+    folder: Path,
+    model: Variant,
+    tape: Tape,
+    source: Callable[[], Opened | None],
+    weights: Mapping[str, Any],
+    found: Sequence[Finding],
+) -> list[Finding]:
+    """The faults that no activation shows, such as a key bias."""
+    told = {finding.module for finding in found}
+    told |= {cause.module.rpartition(".")[0] for finding in found for cause in finding.causes}
+    layers = [finding.module for finding in found if finding.part == "layer"]
+    of_lavis, saved = knowledge(model, tape, folder, source), open_folder(folder)
+    at = {pair.candidate: pair.stage for pair in module_pairs(model)}
+    at |= dict.fromkeys(("vision_model.embeddings", "vision_model.embeddings.patch_embedding"), "vision.embeddings")
+    at |= {"": "qformer.embeddings"}  # the query tokens
+    out: dict[str, Finding] = {}
+    for name in parameter_names([*weights["modules_different"], *weights["roundtrip_differences"]], saved, model):
+        tensor, module = saved[name].tensor(), name.rpartition(".")[0]
+        if module in told or any(name.startswith(f"{layer}.") for layer in layers) or of_lavis.same(name, tensor):
+            continue
+        cause = weight_cause(name, tensor, of_lavis)
+        first = out.setdefault(module, Finding(_stage_of(module, at), module, kind_of(name), None, None, None, None))
+        out[module] = dataclasses.replace(first, causes=(*first.causes, cause))
+    return list(out.values())
+
+
+def _stage_of(module: str, at: Mapping[str, str]) -> str:
+    """The stage whose modules hold one, or are nearest to it."""
+    return next((stage for path, stage in at.items() if path == module or path.startswith(f"{module}.")), "")
+
+
+def _place_of(finding: Finding, table: Sequence[Stage]) -> int:
+    return next((number for number, stage in enumerate(table) if stage.name == finding.stage), len(table))
 
 
 def tape_images(tape: Tape) -> list[Image]:
@@ -247,22 +436,33 @@ def _differences(
     return known, unknown
 
 
-def _captions(loaded: huggingface.Loaded, tape: Tape, images: Sequence[Image]) -> dict[str, Any]:
-    """Caption every image in every mode and compare token ids with LAVIS's."""
+def _captions(
+    loaded: huggingface.Loaded, tape: Tape, images: Sequence[Image], errors: Sequence[float | None] = ()
+) -> dict[str, Any]:
+    """Caption every image in every mode and compare token ids with LAVIS's.
+
+    Args:
+        errors: how far rounding moves the logits of each caption's image: `takes.errors`. With it, captions that part
+            at a tie are told from those that differ.
+    """
+    shown, prompts = takes.shown(tape, images)
     out: dict[str, Any] = {"prompt": tape.metadata["prompt"], "lavis": {}, "huggingface": {}, "modes": {}}
     steps: list[list] = []
     for mode, options in CAPTION_MODES.items():
         theirs = tape.metadata["captions"][mode]
-        ours = huggingface.caption(loaded, list(images), tape.metadata["prompt"], max_new_tokens=30, **options)
+        ours = takes.caption(loaded, shown, prompts, max_new_tokens=30, **options)
+        judged = errors if errors and mode != "default" else [None] * len(shown)
         steps = ours.get("steps", steps)
         out["lavis"][mode], out["huggingface"][mode] = theirs["text"], ours["text"]
         out["modes"][mode] = {
             "equal": [a == b for a, b in zip(ours["ids"], theirs["ids"], strict=True)],
+            "ties": takes.ties(loaded, shown, prompts, theirs, ours, judged),
             "lavis_ids": theirs["ids"],
             "huggingface_ids": ours["ids"],
         }
     out["ladder"] = evidence.ladder(loaded, tape.metadata["captions"]["greedy"]["steps"], steps)
-    out["equal"] = all(all(out["modes"][mode]["equal"]) for mode in ("greedy", "beams"))
+    compared = [out["modes"][mode] for mode in ("greedy", "beams")]
+    out["equal"] = all(same or tied for one in compared for same, tied in zip(one["equal"], one["ties"], strict=True))
     return out
 
 
@@ -324,41 +524,36 @@ def _beam_search(tape: Tape, captions: Mapping[str, Any]) -> list[dict[str, Any]
     ]
 
 
-def _first_divergence(
-    shipped: Comparison, unknown: Sequence[AttributeDifference], content: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    if not shipped.faults:
-        return None
-    accounted = {name for one in content["known_differences"] for name in one["explains"]}
-    first = next((fault for fault in shipped.faults if fault.name not in accounted), shipped.faults[0])
-    explained = [one for one in content["known_differences"] if first.name in one["explains"]]
-    if explained:
-        cause = _cause(explained[0])
-    else:
-        named = [str(one) for one in unknown if one.stage == first.name]
-        weights = [one for one in content["weights"]["modules_different"] if first.module in one]
+def _first_divergence(faults: Sequence[Finding], content: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The first fault that nothing known explains; else the first known difference that shows."""
+    if faults:
+        first = faults[0]
+        cause = str(first.causes[0]) if first.causes else ""
         if content["weights"]["dtype"] in LOSSY:
-            weights = [f"the weights were cast to {content['weights']['dtype']}"]
-        cause = "; ".join(named + weights) or _where_to_look(first)
+            cause = f"the weights were cast to {content['weights']['dtype']}"
+        return {
+            "stage": first.stage,
+            "module": first.module,
+            "part": first.part,
+            "arrival_error": first.arrival_error,
+            "local_error": first.local_error,
+            "excess": first.excess,
+            "cause": cause,
+        }
+    known = next((one for one in content["known_differences"] if one["explains"] and one["stage"] != "captions"), None)
+    if known is None:
+        return None
+    stage = next(one for one in content["stages"] if one["name"] == known["stage"])
     return {
-        "stage": first.name,
-        "module": first.module,
-        "arrival_error": first.arrival_error,
-        "local_error": first.local_error,
-        "excess": first.excess,
-        "cause": cause,
+        **{name: stage[name] for name in ("module", "arrival_error", "local_error", "excess")},
+        "stage": known["stage"],
+        "part": "norm",
+        "cause": _cause(known),
     }
 
 
 def _cause(known: Mapping[str, Any]) -> str:
     return f"{known['words']}: LAVIS {known['lavis']}, transformers {known['transformers']}"
-
-
-def _where_to_look(stage: StageResult) -> str:
-    """What is left when neither a weight nor an attribute of the stage differs."""
-    if exceeds(stage.arrival_error, ARRIVAL_TOLERANCE):
-        return "what arrives there differs, so look between the stages (tokens, positions, order, mask)"
-    return "its weights and plain attributes are LAVIS's, so look at what it computes (activation, scale, mask)"
 
 
 # -- the verdict
@@ -376,22 +571,21 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
     )
     weights_fine = not problems and weights["roundtrip"] is not False and weights["modules_equal"] is not False
     if not weights_fine:
-        return _answer("diverges", [], f"The weights are not the source's: {problems[0]} ({len(problems)} in all).")
+        sentence = f"The weights are not the source's: {problems[0]} ({len(problems)} in all)."
+        return _answer("diverges", _causes_of(content), f"{sentence} {_first_words(content)}".strip())
     if content["proof"] == "weights":
         cast = f", cast to {weights['dtype']} on request and so with no way back"
         back = " and go back bit for bit" if weights["roundtrip"] else cast
         sentence = f"All {weights['written']} tensors are accounted for{back}. Behaviour was not compared with LAVIS's."
         return _answer("weights_only", [], sentence)
     faults = [stage for stage in content["stages"] if _faulty(stage, content["threshold"])]
-    left = [stage for stage in content["stages"] if stage["fixed"] and _faulty(stage["fixed"], content["threshold"])]
     causes = [one["id"] for one in content["known_differences"] if one["explains"] and one["stage"] != "captions"]
     captions = content["captions"]
-    first = content["first_divergence"]
     known = next((one for one in content["known_differences"] if one["stage"] != "captions"), None)
+    if content["faults"]:
+        return _answer("diverges", _causes_of(content), _first_words(content))
     if not content["pixel_values"]["equal"]:
         return _answer("diverges", [], "The pixel values differ from LAVIS's: look at the image processor first.")
-    if faults and (left or not causes):
-        return _answer("diverges", causes, f"First wrong at {first['stage']}: {first['cause']}.")
     if not captions["equal"] and captions["equal_when_fixed"] is not True:
         return _answer(
             "diverges", causes, "Every layer agrees, but the captions do not: look at generation's settings."
@@ -409,6 +603,20 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
     assert known is not None  # only its counter-test leads here
     sentence = f"The same model but for one known cause: {_cause(known)}. {effect} and {advice}."
     return _answer("explained", causes or [known["id"]], sentence)
+
+
+def _causes_of(content: Mapping[str, Any]) -> list[str]:
+    """The likeliest cause of each fault, each named once."""
+    return list(dict.fromkeys(fault["causes"][0]["id"] for fault in content["faults"] if fault["causes"]))
+
+
+def _first_words(content: Mapping[str, Any]) -> str:
+    """Where it first goes wrong and why, and how many faults there are; "" where none was looked for."""
+    first, count = content["first_divergence"], len(content["faults"])
+    if first is None or not count:
+        return ""
+    more = f" ({count} faults in all)" if count > 1 else ""
+    return f"First wrong at {first['stage']}, in {first['module']}: {first['cause']}{more}."
 
 
 def _answer(verdict: str, causes: list[str], summary: str) -> dict[str, Any]:

@@ -73,9 +73,13 @@ def find_lavis(lavis_python: str | Path = "") -> Lavis | None:
     return Lavis(own, None) if own.is_file() else None
 
 
-def prepare(folder: Path, opened: Opened, source: str, device: str = "cpu") -> Path:
+def prepare(
+    folder: Path, opened: Opened, source: str, device: str = "cpu", chosen: inputs.Chosen | None = None
+) -> Path:
     """Write a request for LAVIS and all it needs into `folder`; returns the request's path. Reads the weights once, for
     the hash by which a recording and a conversion of the same weights know each other.
+
+    Of images that were chosen every one is recorded. Of the demo's all are captioned, and the first is recorded.
 
     The folder can be copied to the machine where LAVIS is (then mend the paths under "files" in request.json) and run
     there with `python record_lavis.py request.json`; what comes back is tape.safetensors.
@@ -84,19 +88,13 @@ def prepare(folder: Path, opened: Opened, source: str, device: str = "cpu") -> P
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in _FILES.items():
         shutil.copyfile(path, folder / name)
-    images = inputs.demo_images(model)
-    words = inputs.texts(model)
-    names = []
-    for number, image in enumerate(images):
-        names.append(f"image-{number}.png")
-        (folder / names[-1]).write_bytes(inputs.png(image))
+    shown = _demo(folder, model) if chosen is None else _chosen(folder, model, chosen)
     request = {
         "model": model.name,
         "class": model.lavis_class,
         "type": model.lavis_type,
         "source": source,
         "image_size": model.image_size,
-        "prompt": model.prompt,
         "vision": dataclasses.asdict(model.vision),
         "qformer": dataclasses.asdict(model.qformer),
         "language": dataclasses.asdict(model.language),
@@ -110,9 +108,7 @@ def prepare(folder: Path, opened: Opened, source: str, device: str = "cpu") -> P
         "aliases": {entry.sources[0]: entry.of for entry in entries(model) if isinstance(entry.rule, Tied)},
         "pairs": _pairs(model) if files.base is not None else {},
         "source_hash": weights_hash(opened),
-        "images": names,
-        "texts": words,
-        "inputs_hash": inputs.inputs_hash(images, words),
+        **shown,
         "places": [*places(stages(model)), token_ids(model)],
         "inside": places_inside(stages(model)),
         "device": device,
@@ -121,6 +117,35 @@ def prepare(folder: Path, opened: Opened, source: str, device: str = "cpu") -> P
     path = folder / "request.json"
     path.write_text(json.dumps(request, indent=1) + "\n")
     return path
+
+
+def _demo(folder: Path, model: Variant) -> dict[str, Any]:
+    images, words = inputs.demo_images(model), inputs.texts(model)
+    return {
+        "images": [_write(folder, number, inputs.png(image)) for number, image in enumerate(images)],
+        "texts": words,
+        "prompt": model.prompt,
+        "inputs_hash": inputs.inputs_hash(images, words),
+    }
+
+
+def _chosen(folder: Path, model: Variant, chosen: inputs.Chosen) -> dict[str, Any]:
+    """Where only the first take is looked at, a request and a tape of chosen inputs are as those of the demo's."""
+    takes = chosen.takes(model)
+    pictures = enumerate(chosen.pictures)
+    return {
+        "images": [_write(folder, number, inputs.png(picture.load(), small=False)) for number, picture in pictures],
+        "texts": takes[0]["texts"],
+        "prompt": takes[0]["prompt"],
+        "inputs_hash": chosen.inputs_hash(model),
+        "takes": takes,
+        "skipped": [dataclasses.asdict(one) for one in chosen.skipped],
+    }
+
+
+def _write(folder: Path, number: int, png: bytes) -> str:
+    (folder / f"image-{number}.png").write_bytes(png)
+    return f"image-{number}.png"
 
 
 def _pairs(model: Variant) -> dict[str, tuple[str, int | None, int | None]]:
@@ -179,22 +204,26 @@ def capture(
     device: str = "cpu",
     notebook: bool = False,
     progress: Callable[[str], None] | None = None,
+    chosen: inputs.Chosen | None = None,
 ) -> Tape:
     """Have LAVIS record a tape on a model's files.
 
     Args:
         tape: where to put it.
+        chosen: images and texts to show it instead of the demo's.
         notebook: where LAVIS has a kernel, run notebooks/lavis.ipynb on it instead of the script, and keep the executed
             notebook beside the tape.
         progress: called with each sentence that the recorder says.
 
     Raises:
-        RequestError: LAVIS could not do it; the sentence holds the last thing it said.
+        RequestError: LAVIS would cut a text short, or could not do it; the sentence holds the last thing it said.
     """
+    if chosen is not None:
+        _check_lengths(opened, chosen)
     tape.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="blip2nb-") as name:
         folder = Path(name)
-        request = prepare(folder, opened, source, device)
+        request = prepare(folder, opened, source, device, chosen)
         if notebook and environment.kernel is not None and NOTEBOOK.is_file():
             _run_notebook(tape.with_name("lavis.ipynb"), environment.kernel, request)
         else:
@@ -206,6 +235,20 @@ def capture(
         shutil.copyfile(made, arriving)
         os.replace(arriving, tape)
     return Tape(tape)
+
+
+def _check_lengths(opened: Opened, chosen: inputs.Chosen) -> None:
+    """LAVIS's `forward` cuts what is longer off, which transformers' processor does not."""
+    words = [text for text in chosen.texts if text is not None]
+    if not words:
+        return
+    tokenizer = configuration.load_tokenizer(opened.variant, opened.files.base or opened.files.language)
+    for text in words:
+        count = len(tokenizer(f"{text}\n" if opened.variant.language.kind == "opt" else text).input_ids)
+        if count > inputs.LONGEST_TEXT:
+            raise RequestError(
+                f"LAVIS reads {inputs.LONGEST_TEXT} tokens of a text; {text[:40]!r}… has {count}. Shorten it."
+            )
 
 
 def _run_script(where: Lavis, folder: Path, progress: Callable[[str], None]) -> None:

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from blip2nb.errors import RequestError
+from blip2nb.models.inputs import Chosen, demo_hash
 from blip2nb.models.stages import stages
 from blip2nb.run import kernels
 from blip2nb.runs import Run
@@ -27,22 +28,35 @@ def shipped_tape(model: Variant) -> Path:
     return SHIPPED_TAPES / f"{model.name}.safetensors"
 
 
-def find_tape(run: Run, manifest: Manifest) -> Tape | None:
-    """The run's own recording or the kit's, whichever was made of these weights and holds every place needed."""
-    for path in (run.tape_path, shipped_tape(manifest.model_variant)):
+def images_tape(run: Run) -> Path:
+    """Where a run keeps its recording of images and texts of one's own: the last that were asked for."""
+    return run.tape_path.with_name("tape-images.safetensors")
+
+
+def find_tape(run: Run, manifest: Manifest, chosen: Chosen | None = None) -> Tape | None:
+    """The run's own recording or the kit's, whichever was made of these weights and inputs and holds every place.
+
+    Args:
+        chosen: the images and texts, where they are not the demo's.
+    """
+    model = manifest.model_variant
+    asked = demo_hash(model) if chosen is None else chosen.inputs_hash(model)
+    wanted = {"source_hash": manifest.weights_hash, "inputs_hash": asked}
+    for path in (run.tape_path, shipped_tape(model)) if chosen is None else (images_tape(run),):
         if path.is_file():
             tape = open_tape(path)
-            if tape.metadata.get("source_hash") == manifest.weights_hash and not _unrecorded(tape, manifest):
+            made_of = {name: tape.metadata.get(name) for name in wanted}
+            if made_of == wanted and not _unrecorded(tape, manifest):
                 log.info("comparing with the recording %s", path.name)
                 return tape
     return None
 
 
-def given_tape(path: Path, manifest: Manifest) -> Tape:
-    """The recording that was named.
+def given_tape(path: Path, manifest: Manifest, chosen: Chosen | None = None) -> Tape:
+    """The recording that was named, whatever it shows; where images or texts were named too, it must be of them.
 
     Raises:
-        RequestError: it is none, was made of other weights, or lacks a place.
+        RequestError: it is none, was made of other weights or inputs, or lacks a place.
     """
     tape = open_tape(path)
     again = f"Record again with `blip2nb capture {manifest.model}`."
@@ -53,6 +67,8 @@ def given_tape(path: Path, manifest: Manifest) -> Tape:
             f"{path} was recorded on other weights (of {tape.metadata['model']}) than this model was converted from. "
             f"{again}"
         )
+    if chosen is not None and tape.metadata["inputs_hash"] != chosen.inputs_hash(manifest.model_variant):
+        raise RequestError(f"{path} was recorded on other images or texts. Leave --images and --text out, or --tape.")
     unrecorded = _unrecorded(tape, manifest)
     if unrecorded:
         raise RequestError(f"{path} is of an older version: nothing is recorded for {unrecorded[0]}. {again}")

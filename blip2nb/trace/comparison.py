@@ -11,22 +11,23 @@ function or weight makes it larger. All distances are ‖a − b‖ / ‖referen
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import html
-import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 
-from blip2nb.trace.metrics import distance, judge
-from blip2nb.trace.stage import Stage, places
-from blip2nb.trace.tape import Tape, first_tensor, recording, split_place
-
-THRESHOLD = 3.0
-"""An excess above this is a fault. On unbroken models it stays within 0.5 and 2."""
+from blip2nb.trace import arrivals
+from blip2nb.trace.causes import Cause
+from blip2nb.trace.diagnose import SETTINGS, Finding, Known, diagnose
+from blip2nb.trace.inside import Suspect, parameters_of, part_of
+from blip2nb.trace.metrics import THRESHOLD, THRESHOLDS, distance, exceeds, judge
+from blip2nb.trace.precision import in_float64
+from blip2nb.trace.stage import Stage, places, places_inside
+from blip2nb.trace.tape import Tape, first_tensor, recording, split_place, with_first
 
 ARRIVAL_TOLERANCE = 1e-6
 """Between stages at most one float32 addition happens (2⁻²⁴ relative, 6e-8); an arrival error above this is a fault."""
@@ -60,7 +61,7 @@ class StageResult:
 
     def faulty(self, threshold: float = THRESHOLD) -> bool:
         """Whether more than rounding happens here or on the way here. NaN is a fault."""
-        return faulty(self.arrival_error, self.excess, threshold)
+        return faulty(self.arrival_error, self.excess, threshold) or self.local_error == math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Comparison:
         outputs: the candidate's undisturbed output per stage.
         local_outputs: its output per stage when fed the reference's inputs.
         token_errors: stage -> local error per position, for outputs of shape (batch, positions, channels).
+        findings: for each fault the module it is in and its likely causes, in the order of the network.
+        stopped: what the candidate raised, "" where it ran to its end.
     """
 
     stages: tuple[StageResult, ...]
@@ -78,6 +81,8 @@ class Comparison:
     local_outputs: Mapping[str, torch.Tensor]
     token_errors: Mapping[str, torch.Tensor]
     threshold: float = THRESHOLD
+    findings: tuple[Finding, ...] = ()
+    stopped: str = ""
 
     @property
     def faults(self) -> list[StageResult]:
@@ -98,6 +103,7 @@ class Comparison:
             "threshold": self.threshold,
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
             "first_divergence": None if first is None else {**dataclasses.asdict(first), "stage": first.name},
+            "faults": [finding.report() for finding in self.findings],
         }
 
     def _repr_html_(self) -> str:
@@ -112,13 +118,17 @@ class Comparison:
             + f"<td align='left'>{'<b>wrong</b>' if stage.faulty(self.threshold) else ''}</td></tr>"
             for stage in self.stages
         )
-        return f"<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{rows}</table>"
+        found = "".join(f"<li>{html.escape(str(finding))}</li>" for finding in self.findings)
+        return f"<p>{html.escape(repr(self))}</p><ul>{found}</ul><table><tr>{head}</tr>{rows}</table>"
 
     def __repr__(self) -> str:
         first = self.first_divergence
         if first is None:
             return f"Comparison({len(self.stages)} stages, no error above rounding)"
         return f"Comparison({len(self.stages)} stages, first wrong at {first.name}, {len(self.faults)} in all)"
+
+    def __str__(self) -> str:
+        return "\n".join([repr(self), *(f"  {finding}" for finding in self.findings)])
 
 
 def compare(
@@ -128,9 +138,13 @@ def compare(
     inputs: Inputs,
     *,
     reference_inputs: Inputs | None = None,
+    known: Known | None = None,
+    explain: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Comparison:
     """Compare a candidate with a reference, stage by stage, in two forward passes of the candidate.
+
+    Each stage that is at fault is then looked into: which of its modules goes wrong, and why.
 
     Args:
         reference: a tape, or any mapping from places to tensors, or a module, which is then run and recorded.
@@ -138,11 +152,12 @@ def compare(
         stages: the places to compare, in the order of the network.
         inputs: what to call the candidate with: keyword arguments, positional ones, or one tensor.
         reference_inputs: what to call the reference with, where that differs. Unused with a tape.
+        known: what is known of the reference's weights and settings; of a live module everything is.
+        explain: whether to look into the stages that are at fault.
         progress: called with each stage's name as it is measured.
 
     Raises:
-        ValueError: the reference lacks a place, a stage was never reached, a module has no such argument, or a model is
-            in training mode.
+        ValueError: the reference lacks a place, a module has no such argument, or a model is in training mode.
         AttributeError: a model has no such module. Both name the stage.
     """
     for model in (reference, candidate):
@@ -151,32 +166,106 @@ def compare(
     for stage in stages:
         _check_places(candidate, stage, [stage.candidate, *(f"{stage.module}:{name}" for name in stage.inputs)])
     recorded = record(reference, stages, inputs if reference_inputs is None else reference_inputs)
+    forcing = _Forcing(candidate, stages, recorded, progress)
     with torch.no_grad():
-        with recording(candidate, [stage.candidate for stage in stages]) as outputs:
+        with recording(candidate, [stage.candidate for stage in stages]) as outputs, forcing.surviving(explain):
             call(candidate, inputs)
-        forcing = _Forcing(candidate, stages, recorded, progress)
-        with forcing.hooks():
-            try:
-                call(candidate, inputs)
-            except Exception as error:
-                error.add_note(f"Raised at the stage {forcing.at}, which was fed the reference's inputs.")
-                raise
+        with forcing.hooks(), forcing.surviving(explain):
+            call(candidate, inputs)
     results = []
     for stage in stages:
-        if not stage.is_junction and stage.name not in forcing.local:
-            raise ValueError(f"{stage.name}: the candidate never called {stage.module}.")
         found = outputs.get(stage.candidate)
         drift = None if found is None else distance(found, recorded[stage.reference])
-        local = forcing.local.get(stage.name, {})
+        local = forcing.local.get(stage.name, {} if stage.is_junction or forcing.stopped else _NEVER_CALLED)
         arrival = forcing.arrival.get(stage.name)
         results.append(StageResult(stage.name, stage.module, stage.is_junction, arrival, drift, **local))
+    findings: list[Finding] = []
+    if explain:
+        if known is None and isinstance(reference, torch.nn.Module):
+            known = Known.of(reference, candidate, stages)
+        findings = _findings(candidate, stages, results, forcing, known or Known())
     by_name = {stage.name: outputs[stage.candidate] for stage in stages if stage.candidate in outputs}
-    return Comparison(tuple(results), by_name, forcing.local_outputs, forcing.token_errors)
+    return Comparison(
+        tuple(results),
+        by_name,
+        forcing.local_outputs,
+        forcing.token_errors,
+        THRESHOLDS[_dtype_of(candidate)],
+        tuple(findings),
+        "" if forcing.stopped is None else repr(forcing.stopped),
+    )
 
 
-def exceeds(value: float | None, limit: float) -> bool:
-    """Whether a measured value is above a limit. NaN exceeds every limit, what was not measured none."""
-    return value is not None and not value <= limit
+def _dtype_of(model: torch.nn.Module) -> torch.dtype:
+    """What a model computes in: most of its parameters' dtype."""
+    sizes: Counter[torch.dtype] = Counter()
+    for one in model.parameters():
+        sizes[one.dtype] += one.numel()
+    return max((one for one in sizes if one.is_floating_point), key=sizes.__getitem__, default=torch.float32)
+
+
+_NEVER_CALLED: dict[str, Any] = {"local_error": math.inf, "rounding": math.nan, "excess": math.inf, "bit_equal": False}
+
+
+def _findings(
+    candidate: torch.nn.Module, stages: Sequence[Stage], results: Sequence[StageResult], forcing: _Forcing, known: Known
+) -> list[Finding]:
+    """Each fault with its module and causes. A module that is never called is the fault of the one that holds it."""
+    found: list[Finding] = []
+    tried: Counter[str] = Counter()
+    for stage, result in zip(stages, results, strict=True):
+        if exceeds(result.arrival_error, ARRIVAL_TOLERANCE):
+            found.append(_arrival(stage, result, forcing))
+        if stage.name in forcing.suspects:
+            found += diagnose(forcing.suspects[stage.name], known, candidate, tried)
+        elif forcing.stopped is not None and stage.name == forcing.at and stage.name not in forcing.local:
+            found.append(_stopped(stage, result, forcing.stopped, known))
+        elif not (stage.is_junction or forcing.stopped or stage.name in forcing.local):
+            found.append(_never_called(stage, candidate, known))
+    return _without_its_effects(found, {stage.name: stage for stage in stages})
+
+
+def _without_its_effects(found: list[Finding], stages: Mapping[str, Stage]) -> list[Finding]:
+    """A look-up that is never called is felt where it should have been called, and wherever its result is handed on."""
+    for never in [one for one in found if one.part == "position bias" and one.local_error == math.inf]:
+        place = stages[never.stage].reference
+        around = [one for one in found if one is not never and never.module.startswith(f"{one.module}.")]
+        around = [one for one in around if one.causes[0].id == "position_bias_missing"]
+        handed = [
+            one
+            for one in found
+            if one.part == "input" and place in map(stages[one.stage].source, stages[one.stage].inputs)
+        ]
+        found = [one for one in found if one not in (*around, *handed)]
+        if around:
+            found[found.index(never)] = dataclasses.replace(never, causes=around[0].causes)
+    return found
+
+
+def _stopped(stage: Stage, result: StageResult, error: Exception, known: Known) -> Finding:
+    """A model that does not run goes wrong where it stops."""
+    differ = [one for one in known.differences if one.module.startswith(stage.module)]
+    words = f"it stops there: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    causes = [Cause(SETTINGS.get(one.attribute, "attribute"), f"{one}; {words}", one.module, "read off both modules")
+              for one in differ]  # fmt: skip
+    causes += [] if causes else [Cause("unknown", words, stage.module, "the model's own error")]
+    return Finding(stage.name, stage.module, "stage", result.arrival_error, math.inf, None, math.inf, (), tuple(causes))
+
+
+def _arrival(stage: Stage, result: StageResult, forcing: _Forcing) -> Finding:
+    name, arrived, expected = forcing.arrived[stage.name]
+    others = {place: forcing.recorded[place] for place in forcing.outputs_of_reference()}
+    cause = arrivals.explain(stage.module, name, arrived, expected, others)
+    return Finding(stage.name, stage.module, "input", result.arrival_error, None, None, None, (), (cause,))
+
+
+def _never_called(stage: Stage, candidate: torch.nn.Module, known: Known) -> Finding:
+    part = part_of(stage.module, candidate.get_submodule(stage.module))
+    id = "position_bias_missing" if part == "position bias" else "unknown"
+    differ = [str(one) for one in known.differences if stage.module.startswith(one.module)]
+    words = "; ".join([f"{stage.module} is never called", *differ])
+    cause = Cause(id, words, stage.module, "no call was seen in a whole forward pass")
+    return Finding(stage.name, stage.module, part, None, math.inf, None, math.inf, (), (cause,))
 
 
 def faulty(arrival_error: float | None, excess: float | None, threshold: float = THRESHOLD) -> bool:
@@ -192,7 +281,7 @@ def _check_places(model: torch.nn.Module, stage: Stage, wanted: Sequence[str]) -
             module = model.get_submodule(path)
         except AttributeError as error:
             raise AttributeError(f"{stage.name}: {type(model).__name__} has no {path!r}: {error}.") from error
-        takes = inspect.signature(module.forward).parameters
+        takes = parameters_of(module)
         free = any(one.kind is one.VAR_KEYWORD for one in takes.values())
         if argument and argument not in takes and not free:
             names = ", ".join(takes) or "nothing"
@@ -217,7 +306,8 @@ def record(
     if isinstance(reference, torch.nn.Module):
         for stage in stages:
             _check_places(reference, stage, places([stage]))
-        with torch.no_grad(), recording(reference, places(stages)) as recorded:
+        inside = [place for place in places_inside(stages) if _exists(reference, split_place(place)[0])]
+        with torch.no_grad(), recording(reference, places(stages), inside) as recorded:
             call(reference, inputs)
     else:
         recorded = reference
@@ -227,11 +317,24 @@ def record(
     return recorded
 
 
+def _exists(model: torch.nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
 class _Forcing:
     """One pass of the candidate in which every stage gets the reference's inputs and hands on the reference's output.
 
-    Hooks are closures, not bound methods: the float64 copies of modules carry them along, and a copied bound method
-    would copy this object with it.
+    Attributes:
+        at: the stage that was reached last.
+        arrival: stage -> the largest distance of what arrived to what the reference got.
+        arrived: of a stage whose arrival error is above the tolerance: the argument, what arrived, what should have.
+        local: stage -> what was measured of its output.
+        suspects: stage -> what is needed to look into it, where it is at fault.
+        stopped: what ended the pass, if something did.
     """
 
     def __init__(
@@ -244,11 +347,28 @@ class _Forcing:
         self.candidate, self.stages, self.recorded, self.progress = candidate, stages, recorded, progress
         self.at = ""
         self.arrival: dict[str, float] = {}
+        self.arrived: dict[str, tuple[str, torch.Tensor, torch.Tensor]] = {}
         self.local: dict[str, dict[str, Any]] = {}
         self.local_outputs: dict[str, torch.Tensor] = {}
         self.token_errors: dict[str, torch.Tensor] = {}
+        self.suspects: dict[str, Suspect] = {}
+        self.stopped: Exception | None = None
         self._seen: set[str] = set()
-        self._seen_by_referee: set[str] | None = None  # a set while a float64 copy runs
+        self._seen_by_referee: set[str] | None = None  # a set while the referee runs
+
+    @contextlib.contextmanager
+    def surviving(self, explain: bool) -> Iterator[None]:
+        """Keep what ends a pass as something to be explained."""
+        try:
+            yield
+        except Exception as error:
+            if not explain:
+                error.add_note(f"Raised at the stage {self.at}, which was fed the reference's inputs.")
+                raise
+            self.stopped = error
+
+    def outputs_of_reference(self) -> list[str]:
+        return [stage.reference for stage in self.stages if not stage.is_junction]
 
     @contextlib.contextmanager
     def hooks(self) -> Iterator[None]:
@@ -266,7 +386,7 @@ class _Forcing:
 
     def _before(self, stage: Stage, module: torch.nn.Module) -> Callable:
         """Measure what arrives, then put the recorded inputs in its place."""
-        order = list(inspect.signature(module.forward).parameters)
+        order = list(parameters_of(module))
         argument = split_place(stage.candidate)[1]
         wanted = {argument: stage.reference} if argument else {name: stage.source(name) for name in stage.inputs}
 
@@ -287,7 +407,7 @@ class _Forcing:
                     value = stage.arrange[name](value)
                 if isinstance(arrived, torch.Tensor):
                     if self._seen_by_referee is None:
-                        self.arrival[stage.name] = max(self.arrival.get(stage.name, 0.0), distance(arrived, value))
+                        self._arrives(stage, name, arrived, value)
                     value = value.to(arrived.device, arrived.dtype)
                 if by_position:
                     given[at] = value
@@ -296,6 +416,13 @@ class _Forcing:
             return tuple(given), named
 
         return hook
+
+    def _arrives(self, stage: Stage, name: str, arrived: torch.Tensor, expected: torch.Tensor) -> None:
+        error = distance(arrived, expected.to(arrived.dtype))  # where it runs in half precision so does what is fed
+        before = self.arrival.get(stage.name, 0.0)
+        if exceeds(error, max(before, ARRIVAL_TOLERANCE)):
+            self.arrived[stage.name] = (name, arrived.detach().clone(), expected)
+        self.arrival[stage.name] = error if exceeds(error, before) else before
 
     def _after(self, stage: Stage) -> Callable:
         """Measure the output on the recorded inputs, then hand on the recorded output."""
@@ -310,7 +437,7 @@ class _Forcing:
                 self._measure(stage, module, args, kwargs, first_tensor(output), expected)
                 if self.progress is not None:
                     self.progress(stage.name)
-            return _with_first(output, expected)
+            return with_first(output, expected)
 
         return hook
 
@@ -325,50 +452,47 @@ class _Forcing:
     ) -> None:
         self.local_outputs[stage.name] = found.detach()
         if found.shape != expected.shape:
-            self.local[stage.name] = {
-                "local_error": math.inf,
-                "rounding": math.nan,
-                "excess": math.inf,
-                "bit_equal": False,
-            }
-            return
-        self.local[stage.name] = judge(found, expected, self._referee(module, args, kwargs))
-        if expected.dim() == 3:
+            self.local[stage.name] = _NEVER_CALLED
+        else:
+            self.local[stage.name] = judge(found, expected, self._referee(stage, module, args, kwargs))
+        threshold, excess = THRESHOLDS[found.dtype], self.local[stage.name]["excess"]
+        if exceeds(excess, threshold) or self._not_repeatable(stage, module, args, kwargs, found):
+            self.suspects[stage.name] = Suspect(
+                stage.name, stage.module, module, args, dict(kwargs), expected, stage.parts, self.recorded, threshold
+            )
+        if expected.dim() == 3 and found.shape == expected.shape:
             error = (found.cpu().double() - expected.double()).norm(dim=-1)
             self.token_errors[stage.name] = (error / expected.double().norm(dim=-1).clamp_min(1e-300)).float()
 
-    def _referee(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
+    def _not_repeatable(
+        self, stage: Stage, module: torch.nn.Module, args: tuple, kwargs: dict, found: torch.Tensor
+    ) -> bool:
+        """Whether a stage whose rounding is far too large gives something else the second time. Dropout would else pass
+        for rounding: its float64 is as far from it as the reference is."""
+        result = self.local[stage.name]
+        if result["bit_equal"] or not exceeds(result["rounding"], COARSE[found.dtype]):
+            return False
+        with self._aside(stage):
+            again = first_tensor(module(*args, **kwargs))
+        if torch.equal(again, found):
+            return False
+        self.local[stage.name] = {**result, "excess": math.inf}
+        return True
+
+    def _referee(self, stage: Stage, module: torch.nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
         """The module's output on the same inputs, computed in float64."""
-        self._seen_by_referee = set()
-        try:
+        with self._aside(stage):
             return in_float64(module, args, kwargs)
+
+    @contextlib.contextmanager
+    def _aside(self, stage: Stage) -> Iterator[None]:
+        """A run of a stage beside the pass: stages inside it are fed the reference's inputs, nothing is measured."""
+        self._seen_by_referee = {stage.name}
+        try:
+            yield
         finally:
             self._seen_by_referee = None
 
 
-def in_float64(module: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """A module's main output on these arguments, computed in float64 by a copy of it; on the CPU."""
-    exact = copy.deepcopy(module).double()
-    # .forward and not the call: the copy's own hooks would measure it again; those inside it must still act
-    return first_tensor(exact.forward(*_double(args), **_double(dict(kwargs)))).cpu().double()
-
-
-def _double(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.double() if value.is_floating_point() else value
-    if type(value) in (tuple, list):
-        return type(value)(_double(one) for one in value)
-    return {name: _double(one) for name, one in value.items()} if type(value) is dict else value
-
-
-def _with_first(output: Any, value: torch.Tensor) -> Any:
-    """The output with its first tensor replaced, in that tensor's dtype and on its device."""
-    if isinstance(output, torch.Tensor):
-        return value.to(output.device, output.dtype)
-    if isinstance(output, Mapping):
-        name = next(name for name, one in output.items() if isinstance(one, torch.Tensor))
-        replaced = copy.copy(output)
-        replaced[name] = value.to(output[name].device, output[name].dtype)  # type: ignore[index]
-        return replaced
-    at = next(number for number, one in enumerate(output) if isinstance(one, torch.Tensor))
-    return (*output[:at], value.to(output[at].device, output[at].dtype), *output[at + 1 :])
+COARSE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.3}
+"""A rounding error above this is looked at twice: is it rounding at all?"""

@@ -1,15 +1,775 @@
-"""From a divergence to its cause: differences that can be read off the modules, and the test that proves one."""
+"""From a stage that differs to the module that goes wrong and the likely causes, each tried where it can be.
+
+What a fault must do to the numbers decides, not a list of known bugs: a weight is compared with the one that should be
+there (see `weights`); where the weights are right, the computation is inferred from what went in and what came out, of
+both models (see `computing`); and what can be put right is put right, and the stage run again: the counter-test.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from blip2nb.trace.tape import attributes
+from blip2nb.trace import computing
+from blip2nb.trace.causes import Cause, CounterTest
+from blip2nb.trace.inside import QUERY_KEY_VALUE, Look, Suspect, first_not_finite, part_of
+from blip2nb.trace.metrics import exceeds
+from blip2nb.trace.stage import Stage
+from blip2nb.trace.tape import attributes, first_tensor, sample_rows, split_place
+from blip2nb.trace.weights import kind_of, what_changed
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Finding:
+    """One fault: where it arises, and what it may come from.
+
+    Attributes:
+        module: the candidate's module that goes wrong.
+        part: what that is: norm, query, attention, projection, mlp, activation, residual, …
+        arrival_error, local_error, rounding, excess: as for a stage, at the module. None where nothing was run.
+        looks: what was found at every place inside the stage, in the order of execution.
+        causes: the likeliest first.
+    """
+
+    stage: str
+    module: str
+    part: str
+    arrival_error: float | None
+    local_error: float | None
+    rounding: float | None
+    excess: float | None
+    looks: tuple[Look, ...] = ()
+    causes: tuple[Cause, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.part} {self.module}" + (f": {self.causes[0]}" if self.causes else "")
+
+    def report(self) -> dict[str, Any]:
+        """The same as plain values."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        plain["causes"] = [dataclasses.asdict(cause) for cause in self.causes]
+        keep = ("module", "part", "at", "local_error", "rounding", "excess", "faulty")
+        plain["inside"] = [{name: getattr(look, name) for name in keep} for look in plain.pop("looks")]
+        return plain
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Known:
+    """What is known of the reference beside its activations. Nothing of it has to be.
+
+    Attributes:
+        true: the candidate's name of a parameter -> the tensor that should be there, or None where that is not known.
+        same: a parameter's name and a tensor -> whether it is the right one; None where that is not known.
+        named: a tensor -> the candidate's names of the parameters that should hold exactly this.
+        differences: attributes in which paired modules differ.
+    """
+
+    true: Callable[[str], torch.Tensor | None] = lambda name: None
+    same: Callable[[str, torch.Tensor], bool | None] = lambda name, tensor: None
+    named: Callable[[torch.Tensor], Sequence[str]] = lambda tensor: ()
+    differences: Sequence[AttributeDifference] = ()
+
+    @classmethod
+    def of(cls, reference: torch.nn.Module, candidate: torch.nn.Module, stages: Iterable[Stage]) -> Known:
+        """Everything, read off a reference that is at hand: paired modules hold the same parameters by name."""
+        pairs = [
+            (stage.name, f"{split_place(stage.reference)[0]}.{theirs}".strip("."), f"{stage.module}.{ours}".strip("."))
+            for stage in stages
+            for theirs, ours in (stage.modules or {"": ""}).items()
+        ]
+        own = dict(candidate.named_parameters(remove_duplicate=False))
+        right: dict[str, torch.Tensor] = {}
+        for _, theirs, ours in pairs:
+            for name, tensor in reference.get_submodule(theirs).named_parameters():
+                mine = f"{ours}.{name}".strip(".")
+                if mine in own and own[mine].shape == tensor.shape:
+                    right.setdefault(mine, tensor.data)
+
+        def named(tensor: torch.Tensor) -> list[str]:
+            return [name for name, one in right.items() if one.shape == tensor.shape and torch.equal(one, tensor)]
+
+        return cls(
+            true=right.get,
+            same=lambda name, tensor: torch.equal(right[name], tensor.data) if name in right else None,
+            named=named,
+            differences=attribute_differences(attributes(reference), candidate, pairs),
+        )
+
+
+ENOUGH = 3
+"""So often a weight's cause is put to the counter-test; where a whole model was rounded the answer is clear by then."""
+
+
+def diagnose(
+    suspect: Suspect, known: Known, candidate: torch.nn.Module, tried: Counter[str] | None = None
+) -> list[Finding]:
+    """Every fault inside a stage that is at fault, with its causes; never empty.
+
+    Args:
+        suspect: the stage, fed the reference's inputs.
+        known: what is known of the reference's weights and settings.
+        candidate: the whole model the stage is in.
+        tried: how often each cause was put to the counter-test at other stages; counted on.
+    """
+    random = _random(suspect)
+    if random is not None:
+        return [random]
+    looks = suspect.looks()
+    broken = first_not_finite(looks)
+    wrong = [broken] if broken is not None else [look for look in looks if look.faulty]
+    case = _Case(suspect, known, candidate, tuple(looks), Counter() if tried is None else tried)
+    layer = case.another_layer()
+    if layer is not None:
+        return [layer]
+    return [case.finding(look) for look in _once(wrong) or looks[-1:]]
+
+
+class _Case:
+    """One stage under examination."""
+
+    def __init__(
+        self,
+        suspect: Suspect,
+        known: Known,
+        candidate: torch.nn.Module,
+        looks: tuple[Look, ...],
+        tried: Counter[str],
+    ):
+        self.suspect, self.known, self.candidate, self.looks, self.tried = suspect, known, candidate, looks, tried
+        self._values: dict[str, torch.Tensor] | None = None
+
+    @property
+    def values(self) -> dict[str, torch.Tensor]:
+        """What the modules inside take in and give out, all forced; float64."""
+        if self._values is None:
+            self._values = self.suspect.intermediate()
+            self._values[":in"] = first_tensor(self.suspect.arguments).double()
+        return self._values
+
+    def finding(self, look: Look) -> Finding:
+        weights = self.weights(look)
+        causes = weights or self.settings(look) + self.computation(look)
+        causes = ranked(causes)
+        module, part = look.module, look.part
+        if weights:  # the weight tells more exactly where
+            module, part = self.owner(weights[0].module, module, part)
+        if not causes:
+            causes = [Cause("unknown", _unexplained(look), module, "its weights and settings are the reference's")]
+        return Finding(
+            self.suspect.name, module, part, None, look.local_error, look.rounding, look.excess, self.looks,
+            tuple(causes),
+        )  # fmt: skip
+
+    def owner(self, parameter: str, module: str, part: str) -> tuple[str, str]:
+        """The module a parameter belongs to, and what it is called; the stage's own parameters are named themselves."""
+        path = parameter.rpartition(".")[0]
+        if path == self.suspect.path and len(list(self.suspect.module.children())):
+            return path, kind_of(parameter).replace("position", "position embedding")
+        return (path, part_of(path, self.candidate.get_submodule(path))) if path != module else (module, part)
+
+    # -- weights
+
+    def weights(self, look: Look) -> list[Cause]:
+        """The parameters in the part of the stage that a look judges, where they are not the right ones."""
+        wrong = {name: one for name, one in self.parameters(look) if self.known.same(name, one) is False}
+        if not wrong:
+            return []
+        causes = [self.weight(name, tensor) for name, tensor in wrong.items()]
+        if all(self.tried[cause.id] >= ENOUGH for cause in causes):
+            return causes
+        self.tried.update({cause.id for cause in causes})
+        test = self.weights_put_right(look, wrong)
+        return [dataclasses.replace(cause, counter_test=test) for cause in causes]
+
+    def weights_put_right(self, look: Look, wrong: Mapping[str, torch.Tensor]) -> CounterTest | None:
+        right = {name: self.known.true(name) for name in wrong}
+        held = [_holding(wrong[name], tensor) for name, tensor in right.items() if tensor is not None]
+        if len(held) < len(wrong):
+            return None
+        with contextlib.ExitStack() as stack:
+            for one in held:
+                stack.enter_context(one)
+            return self._after(look, "with the right one" if len(held) == 1 else "with the right ones")
+
+    def parameters(self, look: Look) -> Iterator[tuple[str, torch.Tensor]]:
+        """Of the module that is blamed, without what other looks judge."""
+        own = look.module.removeprefix(self.suspect.path).removeprefix(".")
+        judged = {one.key.rpartition(":")[0] for one in self.looks if one.at == "out"} - {"", own}
+        judged = {path for path in judged if not own or path.startswith(f"{own}.")}
+        for name, tensor in self.candidate.get_submodule(look.module).named_parameters():
+            inner = f"{own}.{name}".removeprefix(".").rpartition(".")[0]
+            if not any(inner == path or inner.startswith(f"{path}.") for path in judged):
+                yield f"{look.module}.{name}", tensor
+
+    def weight(self, name: str, tensor: torch.Tensor) -> Cause:
+        tied = self.tied(name, tensor)
+        if tied is not None:
+            return Cause("tied", f"{name} is {tied}, in one and the same memory", name, "the same parameter")
+        return weight_cause(name, tensor.data, self.known, self.heads(name))
+
+    def tied(self, name: str, tensor: torch.Tensor) -> str | None:
+        """The other name of a parameter that should be two."""
+        named = self.candidate.named_parameters(remove_duplicate=False)
+        return next((other for other, one in named if one is tensor and other != name), None)
+
+    def heads(self, name: str) -> int | None:
+        """Into how many heads a weight of this stage is divided."""
+        path = name.rpartition(".")[0]
+        while path and path.startswith(self.suspect.path):
+            count = _heads_of(self.candidate.get_submodule(path))
+            if count:
+                return count
+            path = path.rpartition(".")[0]
+        return next((n for n in map(_heads_of, self.suspect.module.modules()) if n), None)
+
+    def another_layer(self) -> Finding | None:
+        """Whether the stage holds another layer's weights, all of them."""
+        moved: dict[str, int] = {}
+        for name, tensor in self.suspect.module.named_parameters():
+            whole = f"{self.suspect.path}.{name}"
+            if self.known.same(whole, tensor) is not False:
+                continue
+            for other in self.known.named(tensor.data):
+                if other.endswith(f".{name}") and other != whole:
+                    path = other[: -len(name) - 1]
+                    moved[path] = moved.get(path, 0) + 1
+        count = len(list(self.suspect.module.parameters()))
+        path = max(moved, key=moved.__getitem__, default="")
+        if not path or moved[path] < max(2, 0.6 * count):
+            return None
+        there = self.candidate.get_submodule(path)
+        back = [f"{self.suspect.path}.{name}" in self.known.named(one.data) for name, one in there.named_parameters()]
+        id = "layers_swapped" if sum(back) > 0.5 * len(back) else "layer_repeated"
+        words = f"{self.suspect.path} holds the weights of {path}" + (" and the other way round" if any(back) else "")
+        before = self.suspect.judged()
+        with self.all_right():
+            after = self.suspect.judged()
+        errors, excesses = ((before[name], after[name]) for name in ("local_error", "excess"))
+        test = CounterTest(
+            "with its own weights", errors, excesses, not exceeds(after["excess"], self.suspect.threshold)
+        )
+        cause = Cause(id, words, self.suspect.path, f"{moved[path]} of its {count} weights, bit for bit", test)
+        measured = (before["local_error"], before["rounding"], before["excess"])
+        return Finding(self.suspect.name, self.suspect.path, "layer", None, *measured, self.looks, (cause,))
+
+    @contextlib.contextmanager
+    def all_right(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name, tensor in self.suspect.module.named_parameters():
+                true = self.known.true(f"{self.suspect.path}.{name}")
+                if true is not None:
+                    stack.enter_context(_holding(tensor, true))
+            yield
+
+    # -- settings
+
+    def settings(self, look: Look) -> list[Cause]:
+        """Attributes of the blamed module, or around it, that differ from the reference's: each put right and tried."""
+        groups: dict[tuple[str, str], list[AttributeDifference]] = {}
+        for one in self.known.differences:
+            inside = one.module == look.module or one.module.startswith(f"{look.module}.")
+            if inside or look.module.startswith(f"{one.module}."):
+                groups.setdefault((one.module, SETTINGS.get(one.attribute, "attribute")), []).append(one)
+        causes = []
+        for (module, id), together in groups.items():
+            change = ", ".join(f"{one.attribute} {one.reference!r}" for one in together)
+            test = self.settings_put_right(look, together, f"with {change}")
+            words = "; ".join(map(str, together))
+            cause = Cause(id, words, module, "read off both modules", test)
+            if cause.proven or not look.module.startswith(f"{module}."):
+                causes.append(cause)
+        return causes
+
+    def settings_put_right(
+        self, look: Look, differences: Sequence[AttributeDifference], change: str
+    ) -> CounterTest | None:
+        """None where the module does not run with them: then they are not what is wrong, or not all of it."""
+        with repaired(self.candidate, differences):
+            try:
+                return self._after(look, change)
+            except (RuntimeError, ValueError, TypeError, IndexError):
+                return None
+
+    # -- computation
+
+    def computation(self, look: Look) -> list[Cause]:
+        """What the reference computes there and what the candidate does, where both can be told."""
+        if not (look.expected.is_floating_point() and look.found.shape == look.expected.shape):
+            return []
+        if not math.isfinite(look.rounding):
+            return []
+        tests = {
+            "attention": self._attention, "activation": self._activation, "norm": self._norm,
+            "residual": self._residual, "embedding": self._embedding,
+        }  # fmt: skip
+        explain = tests.get(look.part, self._linear)
+        causes = explain(look)
+        if not causes:
+            causes = self._pattern(look)
+        return causes
+
+    def _pattern(self, look: Look) -> list[Cause]:
+        """What the difference looks like, where nothing says more."""
+        said = computing.pattern(look.exact, look.expected, look.rounding)
+        return [] if said is None else [Cause(self._scale_of(said[0], look), said[1], look.module, "its pattern")]
+
+    def within(self, look: Look) -> float:
+        """How near an explanation must come to the reference's output: as near as rounding allows."""
+        return self.suspect.threshold * max(look.rounding, _LEAST)
+
+    def explained(self, look: Look, change: str, value: torch.Tensor) -> CounterTest:
+        """The counter-test by computing the part again, on the same inputs, in float64."""
+        error = computing.off(value, look.expected)
+        excess = error / max(look.rounding, _LEAST)
+        return CounterTest(
+            change, (look.local_error, error), (look.excess, excess), not exceeds(excess, self.suspect.threshold)
+        )
+
+    def _attention(self, look: Look) -> list[Cause]:
+        made = self._scores(look)
+        if made is None:
+            return []
+        scores, start = made
+        within = self.within(look)
+        theirs = computing.attention(scores, look.expected.double(), start, within)
+        ours = computing.attention(scores, look.exact, start, within)
+        if theirs is None or theirs == ours:
+            return []
+        value = scores.output(theirs)
+        assert value is not None
+        causes = []
+        for id, words, change in _attention_words(ours, theirs, start):
+            test = self.explained(look, change, value)
+            causes.append(Cause(id, words, look.module, "computed again from the same queries, keys and values", test))
+        return causes
+
+    def _scores(self, look: Look) -> tuple[computing.Scores, computing.Attention] | None:
+        """The queries, keys and values before a place, and how its module says it attends."""
+        root = look.module.removeprefix(self.suspect.path).removeprefix(".")
+        parts: dict[str, torch.Tensor] = {}
+        for key, value in self.values.items():
+            path, _, at = key.rpartition(":")
+            role = QUERY_KEY_VALUE.get(path.rpartition(".")[2], "")
+            if at == "out" and role and path.rpartition(".")[0] == root:
+                parts |= dict(zip(("query", "key", "value"), value.chunk(3, -1), strict=True)) if role == "qkv" else {
+                    role: value
+                }  # fmt: skip
+        if len(parts) < 3:
+            return None
+        parts = {name: part if part.dim() == 3 else part[None] for name, part in parts.items()}
+        module = self.candidate.get_submodule(look.module)
+        heads = _heads_of(module) or 1
+        channels = parts["query"].shape[-1]
+        plain = attributes(module).get("", {})
+        scale = next((plain[name] for name in ("scaling", "scale") if isinstance(plain.get(name), float)), None)
+        own = channels % heads == 0 and (channels // heads) ** -0.5
+        bias = self._handed("position_bias")
+        if scale is None:
+            scale = 1.0 if bias is not None or hasattr(module, "relative_attention_bias") else own or 1.0
+        bias = bias if bias is not None else self._looked_up(root)
+        mask = self._handed("attention_mask")
+        causal = getattr(module, "is_causal", False) or getattr(module, "is_decoder", False)
+        crossed = parts["key"].shape[1] != parts["query"].shape[1]
+        start = computing.Attention(
+            heads,
+            float(scale),
+            "given" if mask is not None and bias is None else "causal" if causal and not crossed else "none",
+            bias is not None,
+        )
+        return computing.Scores(parts, sample_rows(parts["query"].shape[1]), mask, bias), start
+
+    def _handed(self, name: str) -> torch.Tensor | None:
+        """An argument of the stage that is added to the scores: a mask in its additive form, or a bias."""
+        value = self.suspect.arguments.get(name)
+        if not isinstance(value, torch.Tensor) or value.dim() != 4:
+            return None
+        if value.dtype == torch.bool:
+            return torch.zeros(value.shape, dtype=torch.float64).masked_fill(~value, -math.inf)
+        return value.double()
+
+    def _looked_up(self, root: str) -> torch.Tensor | None:
+        """The position bias where this module looks it up itself."""
+        value = self.values.get(f"{root}.relative_attention_bias:out")
+        return None if value is None else value.permute(2, 0, 1)[None]
+
+    def _activation(self, look: Look) -> list[Cause]:
+        path = look.key.rpartition(":")[0]
+        keys = list(self.values)
+        before = keys[: keys.index(look.key)] if look.key in keys else keys
+        rows = sample_rows(self.values[look.key].shape[-2])
+        pieces = [self.values[key] for key in before if key.endswith(":out") and not key.startswith(f"{path}:")]
+        laid = [piece.reshape(look.expected.shape[:-2] + piece.shape[-2:]) for piece in pieces if piece.dim() > 1]
+        same = [one[..., rows, :] for one in laid if one.shape[-1] == look.expected.shape[-1]][-2:]
+        within = self.within(look)
+        theirs = computing.activation(same, look.expected.double(), within)
+        ours = computing.activation(same, look.exact, within)
+        if theirs is None or (ours is not None and ours.name == theirs.name):
+            return []
+        words = f"the activation is {ours.name if ours else 'none that the kit knows'}, the reference has {theirs.name}"
+        return [Cause("activation", words, look.module, "both told from what goes in and what comes out",
+                      self.explained(look, f"with {theirs.name}", theirs.value))]  # fmt: skip
+
+    def _norm(self, look: Look) -> list[Cause]:
+        path = look.key.rpartition(":")[0]
+        x = self.values[f"{path}:in"]
+        x = x[..., sample_rows(x.shape[-2]), :]
+        params = self._norms(look.module)
+        within = self.within(look)
+        theirs = computing.norm(x, look.expected.double(), params, within)
+        ours = computing.norm(x, look.exact, params, within)
+        if theirs is None or theirs == ours:
+            return []
+        if ours is None and (seen := self._pattern(look)):
+            return seen
+        weight, bias = params[theirs.params]
+        value = computing.normalised(x, theirs.kind, theirs.eps) * weight.double()
+        value = value + bias.double() if bias is not None and theirs.bias else value
+        id, words, change = _norm_words(ours, theirs)
+        return [Cause(id, words, look.module, "both told from what goes in and what comes out",
+                      self.explained(look, change, value))]  # fmt: skip
+
+    def _norms(self, module: str) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+        """The weights of this norm, and of those around it, which may have been meant."""
+        root = module.rpartition(".")[0]
+        near = [(module, self.candidate.get_submodule(module))]
+        near += [(f"{self.suspect.path}.{path}", one) for path, one in self.suspect.module.named_modules()]
+        near += [(f"{root}.{path}", one) for path, one in self.candidate.get_submodule(root).named_children()]
+        return {
+            path: (one.weight, getattr(one, "bias", None))
+            for path, one in near
+            if "norm" in type(one).__name__.lower() and isinstance(getattr(one, "weight", None), torch.Tensor)
+        }
+
+    def _residual(self, look: Look) -> list[Cause]:
+        pieces = {}
+        for key, value in self.values.items():
+            path, _, at = key.rpartition(":")
+            if key == look.key:
+                break
+            if at == "out" or key == ":in":
+                name = "what enters the block" if key == ":in" else f"what {path} gives"
+                pieces[name] = self._at_rows(value, look)
+        pieces["what enters the block"] = self._at_rows(self.values[":in"], look)
+        for key, value in self.values.items():
+            if key.endswith(":in") and "norm" in key.lower() and key != look.key:
+                pieces.setdefault(f"what enters {key.rpartition(':')[0]}", self._at_rows(value, look))
+        within = self.within(look)
+        theirs = computing.summed(pieces, look.expected.double(), within)
+        ours = computing.summed(pieces, look.exact, within)
+        if theirs is None or theirs == ours:
+            return []
+        if ours is None and (seen := self._pattern(look)):
+            return seen
+        value = sum((factor * pieces[name] for name, factor in theirs.items()), torch.zeros_like(look.exact))
+        words = f"it adds {_sum_words(ours)}, the reference {_sum_words(theirs)}"
+        return [Cause(_sum_cause(ours, theirs), words, look.module, "by least squares over what was computed before",
+                      self.explained(look, "with that sum", value))]  # fmt: skip
+
+    def _at_rows(self, value: torch.Tensor, look: Look) -> torch.Tensor:
+        if value.dim() != look.expected.dim() and value.dim() > 1:
+            value = value.reshape(*look.expected.shape[:-2], -1, value.shape[-1])
+        return value[..., sample_rows(value.shape[-2]), :] if value.dim() > 1 else value
+
+    def _embedding(self, look: Look) -> list[Cause]:
+        """Which row of a table stands at each position, in both."""
+        for name, tensor in self.candidate.get_submodule(look.module).named_parameters():
+            table = tensor.detach().double().reshape(-1, tensor.shape[-1])
+            if kind_of(f"{look.module}.{name}") != "position" and len(table) < 2:
+                continue
+            found, expected = self.suspect.output().double(), self.suspect.expected.double()
+            if found.shape != expected.shape or found.shape[-1] != table.shape[-1]:
+                continue
+            cause = self._rows(look, name, table, found.reshape(-1, table.shape[-1]),
+                               expected.reshape(-1, table.shape[-1]))  # fmt: skip
+            if cause is not None:
+                return [cause]
+        return []
+
+    def _rows(
+        self, look: Look, name: str, table: torch.Tensor, found: torch.Tensor, expected: torch.Tensor
+    ) -> Cause | None:
+        """A look-up gives rows of its table; a sum of embeddings differs by rows of it."""
+        for own in (found, None):
+            base = torch.zeros_like(found) if own is not None else found - table[: len(found)]
+            if base.shape != found.shape:
+                continue
+            ours, theirs = (_nearest(table, one - base) for one in (found, expected))
+            if theirs is None or ours is None or ours == theirs:
+                continue
+            moves = {a - b for a, b in zip(ours, theirs, strict=True)}
+            if len(moves) == 1:
+                shift = moves.pop()
+                return Cause("position_shifted", f"{name}: its rows are {shift:+d} from the reference's", look.module,
+                             "both told from the rows that stand there")  # fmt: skip
+            moved = sum(a != b for a, b in zip(ours, theirs, strict=True))
+            return Cause("position_order", f"{name}: {moved} of {len(ours)} rows are others than the reference's",
+                         look.module, "both told from the rows that stand there")  # fmt: skip
+        bare = (expected - found) if len(table) >= len(found) else None
+        if bare is not None and computing.off(bare, table[: len(found)]) < 1e-3:
+            return Cause("position_missing", f"{name} is not added", look.module, "the difference is that table")
+        return None
+
+    def _linear(self, look: Look) -> list[Cause]:
+        """What else a matrix may have been used for."""
+        path = look.key.rpartition(":")[0]
+        module = self.candidate.get_submodule(look.module)
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        x = self.values.get(f"{path}:in")
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or x is None or x.shape[-1] != weight.shape[1]:
+            return []
+        x = self._at_rows(x, look)
+        w, b = weight.detach().double(), 0.0 if bias is None else bias.detach().double()
+        ways = {
+            ("bias_missing", "the bias is not added"): x @ w.T,
+            ("bias_missing", "the bias is added twice"): x @ w.T + 2 * b,
+            ("bias_shifted", "the bias is shifted by one"): x @ w.T + (torch.roll(b, 1) if bias is not None else 0.0),
+            ("bias_shifted", "the bias is shifted back by one"): x @ w.T
+            + (torch.roll(b, -1) if bias is not None else 0.0),
+        }
+        if w.shape[0] == w.shape[1]:
+            ways["transposed", "the matrix is used transposed"] = x @ w + b
+        right = x @ w.T + b
+        if computing.off(right, look.expected) > self.within(look):
+            return []
+        for (id, words), value in ways.items():
+            if computing.off(value, look.exact) <= max(self.within(look), 1e-7):
+                test = self.explained(look, "computed with its own weight and bias", right)
+                return [Cause(id, words, look.module, "told from what goes in and what comes out", test)]
+        said = computing.pattern(look.exact, look.expected, look.rounding)
+        if said is None:
+            return []
+        test = self.explained(look, "computed with its own weight and bias", right)
+        return [Cause(self._scale_of(said[0], look), said[1], look.module, "its weight and bias would give it", test)]
+
+    def _scale_of(self, id: str, look: Look) -> str:
+        name = look.module.rpartition(".")[2]
+        if id != "scale":
+            return id
+        return "logits_scale" if "head" in name else "embedding_scale" if "embed" in name else "scale"
+
+    # -- counter-tests
+
+    def _after(self, look: Look, change: str) -> CounterTest:
+        after = next(one for one in self.suspect.looks() if one.key == look.key)
+        errors, excesses = (look.local_error, after.local_error), (look.excess, after.excess)
+        return CounterTest(change, errors, excesses, not after.faulty)
+
+
+def weight_cause(name: str, tensor: torch.Tensor, known: Known, heads: int | None = None) -> Cause:
+    """What became of a parameter that is not the reference's, from the tensors alone."""
+    others = [other for other in known.named(tensor) if other != name]
+    if others and tensor.any():
+        other = min(others, key=lambda one: _unlike(one, name))
+        return Cause(_stands_for(name, other), f"{name}: {other} stands there", name, "bit for bit")
+    true = known.true(name)
+    if true is None:
+        id = {"bias": "bias_changed"}.get(kind_of(name), "weight_changed")
+        return Cause(id, f"{name} is not the reference's", name, "its hash is another")
+    change = what_changed(name, tensor, true, heads)
+    if change is None:
+        return Cause("weight_changed", f"{name} is not the reference's", name, "its hash is another")
+    return Cause(change.id, f"{name}: {change.words}", name, "compared with the tensor that should be there")
+
+
+def _stands_for(name: str, other: str) -> str:
+    """The cause when another parameter's values stand in a parameter's place."""
+    modules = [one.rpartition(".")[0] for one in (name, other)]
+    leaves = [one.rpartition(".")[2] for one in modules]
+    holders = [one.rpartition(".")[0] for one in modules]
+    if all(leaf in QUERY_KEY_VALUE for leaf in leaves) and holders[0] == holders[1]:
+        return "qkv_swapped"
+    if _pattern_of(name) == _pattern_of(other):
+        return "layer_repeated"
+    if all("norm" in leaf.lower() for leaf in leaves):
+        return "norms_swapped"
+    if "head" in name and ("embed" in other or "shared" in other):
+        return "tied"
+    return "weight_swapped"
+
+
+_LEAST = 2.0**-25
+"""The rounding of one float32 operation, relative and on average: what a reference's output has at least."""
+
+SETTINGS = {
+    "eps": "eps", "variance_epsilon": "eps", "num_heads": "head_count", "num_attention_heads": "head_count",
+    "n_heads": "head_count", "scale": "attention_scale", "scaling": "attention_scale",
+    "attention_head_size": "head_count",
+    "head_dim": "head_count", "is_causal": "attention_mask", "has_relative_attention_bias": "position_bias_missing",
+    "relative_attention_num_buckets": "position_bias", "relative_attention_max_distance": "position_bias",
+    "offset": "position_shifted", "padding_idx": "tokens",
+}  # fmt: skip
+"""What an attribute that differs is a cause of."""
+
+
+def _once(wrong: Sequence[Look]) -> list[Look]:
+    """Without what is only seen again: a residual carries an error past the modules whose outputs are put right."""
+    kept: list[Look] = []
+    for look in wrong:
+        if not any(_seen_again(look, earlier) for earlier in kept):
+            kept.append(look)
+    return kept
+
+
+def _seen_again(look: Look, earlier: Look) -> bool:
+    if look.part != "residual" and look.at != "out":
+        return False
+    if not look.expected.is_floating_point() or look.expected.shape != earlier.expected.shape:
+        return False
+    new, old = look.exact - look.expected.double(), earlier.exact - earlier.expected.double()
+    return computing.off(new, old) <= 1e-2 and earlier.excess > 10
+
+
+def ranked(causes: Sequence[Cause]) -> list[Cause]:
+    """Those whose counter-test passed before the others; of one kind at one module only the first, which then says what
+    the others saw as well."""
+    kept: dict[str, Cause] = {}
+    for cause in sorted(causes, key=lambda one: not one.proven):
+        first = kept.setdefault(cause.id, cause)
+        if first is not cause and cause.evidence not in first.evidence:
+            kept[cause.id] = dataclasses.replace(first, evidence=f"{first.evidence}; {cause.evidence}")
+    return list(kept.values())
+
+
+def _random(suspect: Suspect) -> Finding | None:
+    """A fault where a stage does not compute the same thing twice: dropout."""
+    first, second = suspect.output(), suspect.output()
+    if torch.equal(first, second) or not (first.isfinite().all() and second.isfinite().all()):
+        return None
+    looks, again = suspect.looks(), suspect.looks()
+    differ = [a for a, b in zip(looks, again, strict=True) if not torch.equal(a.found, b.found)]
+    at = differ[0] if differ else looks[-1]
+    live = [(name, one) for name, one in suspect.module.named_modules() if one.training]
+    with _still(suspect.module):
+        calm = torch.equal(suspect.output(), suspect.output())
+        after = next(one for one in suspect.looks() if one.key == at.key)
+    rounding = (at.local_error, after.local_error), (math.inf, after.excess)
+    test = CounterTest("with every module in eval mode", *rounding, calm and not after.faulty)
+    named = f"{len(live)} of its modules are in training mode" if live else "no module is in training mode"
+    size = computing.off(second, first)
+    cause = Cause(
+        "dropout", f"it gives another output each time; {named}", at.module, f"two runs differ by {size:.1e}", test
+    )
+    return Finding(
+        suspect.name, at.module, at.part, None, at.local_error, at.rounding, math.inf, tuple(looks), (cause,)
+    )
+
+
+@contextlib.contextmanager
+def _still(module: torch.nn.Module) -> Iterator[None]:
+    """A module and everything in it in eval mode."""
+    before = [(one, one.training) for one in module.modules()]
+    try:
+        module.eval()
+        yield
+    finally:
+        for one, training in before:
+            one.training = training
+
+
+@contextlib.contextmanager
+def _holding(parameter: torch.Tensor, value: torch.Tensor) -> Iterator[None]:
+    """A parameter with another value for as long as the block lasts."""
+    before = parameter.data
+    try:
+        parameter.data = value.to(before.device, before.dtype).reshape(before.shape)
+        yield
+    finally:
+        parameter.data = before
+
+
+def _heads_of(module: torch.nn.Module) -> int | None:
+    plain = vars(module)
+    names = ("num_heads", "num_attention_heads", "n_heads", "heads")
+    return next((plain[name] for name in names if isinstance(plain.get(name), int)), None)
+
+
+def _pattern_of(name: str) -> str:
+    """A parameter's name with its numbers taken out: the same in every layer."""
+    return ".".join("#" if part.isdigit() else part for part in name.split("."))
+
+
+def _unlike(one: str, other: str) -> int:
+    return sum(a != b for a, b in zip(one.split("."), other.split("."), strict=False)) + abs(len(one) - len(other))
+
+
+def _nearest(table: torch.Tensor, rows: torch.Tensor) -> list[int] | None:
+    """For each row the place in the table where it stands; None where one stands nowhere."""
+    apart = torch.cdist(rows[None], table[None])[0]
+    nearest = apart.min(1)
+    fits = nearest.values <= 1e-3 * rows.norm(dim=-1).clamp_min(1e-300)
+    return nearest.indices.tolist() if fits.all() else None
+
+
+def _attention_words(
+    ours: computing.Attention | None, theirs: computing.Attention, start: computing.Attention
+) -> Iterator[tuple[str, str, str]]:
+    """(cause, words, what putting it right is) for each thing in which two attentions differ."""
+    own = ours or start
+    if own.heads != theirs.heads:
+        yield "head_count", f"{own.heads} heads, the reference has {theirs.heads}", f"with {theirs.heads} heads"
+    elif not math.isclose(own.scale, theirs.scale, rel_tol=1e-6):
+        words = f"scores are multiplied by {own.scale:.6g}, in the reference by {theirs.scale:.6g}"
+        yield "attention_scale", words, f"with the scale {theirs.scale:.6g}"
+    if own.mask != theirs.mask:
+        says = {"none": "every position sees every other", "causal": "no position sees a later one"}
+        says["given"] = "the mask that was handed in is used"
+        words = f"{says[own.mask]}, in the reference {says[theirs.mask]}"
+        yield "attention_mask", words, "with the reference's mask"
+    if own.bias != theirs.bias:
+        if theirs.bias:
+            yield "position_bias_missing", "no position bias is added, the reference adds one", "with the bias"
+        else:
+            yield "position_bias", "a position bias is added, the reference adds none", "without the bias"
+    if own.order != theirs.order:
+        id = "qkv_missing" if "zeros" in own.order else "qkv_swapped"
+        taken, right = ", ".join(own.order), ", ".join(theirs.order)
+        words = f"{taken} are taken for query, key, value where the reference takes {right}"
+        yield id, words, "with each in its place"
+    if own.heads_order != theirs.heads_order:
+        words = f"its heads stand in another order than the reference's: {list(theirs.heads_order or own.heads_order)}"
+        yield "heads_permuted", words, "with the heads in that order"
+    if ours is None and own == theirs:
+        yield "unknown", "not an attention the kit knows, though the reference's is", "computed as its settings say"
+
+
+def _norm_words(ours: computing.Norm | None, theirs: computing.Norm) -> tuple[str, str, str]:
+    if ours is None:
+        return "unknown", f"not a norm the kit knows; the reference's is one with eps {theirs.eps:g}", "with that norm"
+    if ours.params != theirs.params:
+        words = f"it uses the weights of {ours.params}, the reference those of {theirs.params}"
+        return "norms_swapped", words, "with the others"
+    if ours.kind != theirs.kind:
+        return "norm_kind", f"a {ours.kind} norm, the reference has a {theirs.kind} norm", f"with a {theirs.kind} norm"
+    if ours.bias != theirs.bias:
+        return "bias_missing", "its bias is not added" if theirs.bias else "its bias is added", "as the reference does"
+    return "eps", f"eps is {ours.eps:g}, the reference has {theirs.eps:g}", f"with eps {theirs.eps:g}"
+
+
+def _sum_words(factors: Mapping[str, float] | None) -> str:
+    if factors is None:
+        return "no sum of what was computed before"
+    return " and ".join(name if abs(f - 1) < 1e-5 else f"{f:.4g} × {name}" for name, f in factors.items())
+
+
+def _sum_cause(ours: Mapping[str, float] | None, theirs: Mapping[str, float]) -> str:
+    """Another factor on the same branches is a scale; everything else is another way of adding."""
+    if ours is None or ours.keys() != theirs.keys():
+        return "residual"
+    factors = [ours[name] / theirs[name] for name in theirs]
+    return "scale" if any(abs(one - round(one)) > 1e-5 for one in factors) else "residual"
+
+
+def _unexplained(look: Look) -> str:
+    return f"its {look.part} computes something else than the reference's"
+
+
+# -- what can be read off the modules
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,16 @@ import math
 
 import torch
 
+THRESHOLDS = {torch.float64: 3.0, torch.float32: 3.0, torch.float16: 3.0, torch.bfloat16: 3.0}
+"""The excess above which a stage computes something else, by what it computes in."""
+
+THRESHOLD = THRESHOLDS[torch.float32]
+
+
+def exceeds(value: float | None, limit: float) -> bool:
+    """Whether a measured value is above a limit. NaN exceeds every limit, what was not measured none."""
+    return value is not None and not value <= limit
+
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     """‖found − expected‖ / ‖expected‖ in float64; for whole numbers and masks, the share that differs.

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
-from blip2nb.trace.comparison import THRESHOLD, Inputs, call, exceeds, in_float64, record
-from blip2nb.trace.metrics import judge
+from blip2nb.trace.comparison import Inputs, call, record
+from blip2nb.trace.metrics import THRESHOLD, exceeds, judge
+from blip2nb.trace.precision import in_float64
 from blip2nb.trace.stage import Stage
 from blip2nb.trace.tape import Tape, first_call, first_tensor, split_place
 

@@ -6,6 +6,7 @@ written `path.of.a.module` (its output) or `path.of.a.module:argument` (what it 
 """
 
 import contextlib
+import copy
 import inspect
 import json
 import os
@@ -38,6 +39,19 @@ def first_tensor(value):
     raise TypeError("no tensor in a {}".format(type(value).__name__))
 
 
+def with_first(output, value):
+    """A module's output with its first tensor replaced, in that tensor's dtype and on its device."""
+    if isinstance(output, torch.Tensor):
+        return value.to(output.device, output.dtype)
+    if hasattr(output, "values"):
+        name = next(name for name, one in output.items() if isinstance(one, torch.Tensor))
+        replaced = copy.copy(output)
+        replaced[name] = value.to(output[name].device, output[name].dtype)
+        return replaced
+    at = next(number for number, one in enumerate(output) if isinstance(one, torch.Tensor))
+    return (*output[:at], value.to(output[at].device, output[at].dtype), *output[at + 1 :])
+
+
 @contextlib.contextmanager
 def recording(model, places, samples=()):
     """Record places of `model` while the block runs; only the first call of each module counts.
@@ -47,8 +61,7 @@ def recording(model, places, samples=()):
             for as long as the block lasts, which works in every version of torch.
         places: iterable of places, each kept whole.
         samples: more places, of which `SAMPLE` positions are enough. Kept whole all the same where positions are mixed
-            afterwards: what a module with modules of its own takes in, queries, keys and values, and look-ups. What a
-            module with modules of its own gives out is left away; the last of those gives it.
+            afterwards: what an attention takes in, queries, keys and values, and look-ups.
 
     Yields:
         dict place -> tensor (detached copy, on the CPU), filled as the model runs. An argument that was None or not
@@ -61,9 +74,7 @@ def recording(model, places, samples=()):
     wanted = {}  # type: dict
     for place in samples:
         path, argument = split_place(place)
-        module = model.get_submodule(path)
-        if argument is not None or not list(module.children()):
-            wanted.setdefault(path, {})[argument] = _thinned(path, module)
+        wanted.setdefault(path, {})[argument] = _thinned(path, model.get_submodule(path), argument)
     for place in places:
         path, argument = split_place(place)
         wanted.setdefault(path, {})[argument] = False
@@ -85,10 +96,12 @@ def recording(model, places, samples=()):
                 module.forward = own
 
 
-def _thinned(path, module):
-    """Whether what a module does at one position depends on that position alone, also for what comes after it."""
-    mixed = path.rpartition(".")[2] in _MIXED or isinstance(module, torch.nn.Embedding)
-    return not mixed and not list(module.children())
+def _thinned(path, module, argument):
+    """Whether what happens at one position depends on that position alone, also in what comes after."""
+    name = path.rpartition(".")[2]
+    if name in _MIXED or isinstance(module, torch.nn.Embedding):
+        return False
+    return argument is None or "att" not in name.lower()
 
 
 def _wrap(module, named, out):
@@ -178,12 +191,14 @@ def attributes(model):
     return out
 
 
-def save_tape(path, tensors, metadata=None):
+def save_tape(path, tensors, metadata=None, parts=()):
     """Write a tape whole or not at all. Equal tensors are stored once.
 
     Args:
         tensors: name -> tensor.
         metadata: anything JSON can hold; `Tape.metadata` gives it back.
+        parts: (prefix, path) of smaller tapes that this one takes in, with the prefix before each of their names: so
+            that what is recorded in turns need not be in memory at once. `take.<n>/` is how `Tape.take` finds a take.
     """
     stored, aliases = {}, {}
     seen = {}  # type: dict
@@ -197,7 +212,41 @@ def save_tape(path, tensors, metadata=None):
     text = json.dumps({"format": FORMAT, "aliases": aliases, "tape": metadata or {}})
     temporary = "{}.partial".format(path)
     save_file(stored, temporary, metadata={"blip2nb": text})
+    if parts:
+        joined = "{}.joined".format(path)
+        _join([("", temporary), *parts], joined)
+        os.replace(joined, temporary)
     os.replace(temporary, path)
+
+
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+
+
+def _join(parts, path):
+    """One safetensors file of several, byte by byte. The widest numbers come first, so that all lie where they may."""
+    rows, aliases, heads = [], {}, []  # type: list, dict, list
+    for prefix, source in parts:
+        with open(source, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size).decode())
+        heads.append(json.loads(header.pop("__metadata__")["blip2nb"]))
+        aliases.update((prefix + name, prefix + other) for name, other in heads[-1]["aliases"].items())
+        for name, about in header.items():
+            rows.append((prefix + name, about, source, 8 + size + about["data_offsets"][0]))
+    rows.sort(key=lambda row: -_BYTES.get(row[1]["dtype"], 1))
+    text = json.dumps(dict(heads[0], aliases=aliases))
+    header, end = {"__metadata__": {"blip2nb": text}}, 0  # type: ignore[var-annotated]
+    for name, about, _, _ in rows:
+        start, end = end, end + about["data_offsets"][1] - about["data_offsets"][0]
+        header[name] = dict(about, data_offsets=[start, end])
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "wb") as out:
+        out.write(len(head).to_bytes(8, "little") + head)
+        for _, about, source, at in rows:
+            with open(source, "rb") as file:
+                file.seek(at)
+                out.write(file.read(about["data_offsets"][1] - about["data_offsets"][0]))
 
 
 class Tape:
@@ -236,6 +285,29 @@ class Tape:
 
     def names(self):
         return sorted(self._stored | set(self._aliases))
+
+    @property
+    def takes(self):
+        """How many takes it holds: the first, under plain names, and those under `take.<n>/`."""
+        return 1 + len({name.partition("/")[0] for name in self.names() if name.startswith("take.")})
+
+    def take(self, number):
+        """What was recorded of one take, place -> tensor, read at once. The first is 0, which every tape has.
+
+        Raises:
+            KeyError: there is no such take.
+        """
+        if not 0 <= number < self.takes:
+            _no_tensor(self.path, "take.{}".format(number))
+        prefix = "take.{}/".format(number) if number else ""
+        names = [name for name in self.names() if name.startswith(prefix or ("take.", "image.")) == bool(number)]
+        read = {}  # type: dict
+        with safe_open(self.path, framework="pt") as file:
+            for name in names:
+                stored = self._aliases.get(name, name)
+                if stored not in read:
+                    read[stored] = file.get_tensor(stored)
+        return {name[len(prefix) :]: read[self._aliases.get(name, name)] for name in names}
 
     def __repr__(self):
         size = os.path.getsize(self.path) / 1e6

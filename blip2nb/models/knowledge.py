@@ -1,0 +1,104 @@
+"""What is known of LAVIS's model beside its activations: its weights, by hash or themselves, and its settings."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from blip2nb.errors import RequestError
+from blip2nb.models.files import Opened
+from blip2nb.models.stages import parameter_pairs
+from blip2nb.trace.diagnose import AttributeDifference, Known
+from blip2nb.trace.tape import Tape
+from blip2nb.variants import Variant
+from blip2nb.weights.hashing import digest, digest_as
+from blip2nb.weights.sources import open_folder
+
+
+def knowledge(
+    variant: Variant,
+    tape: Tape,
+    folder: Path,
+    opened: Callable[[], Opened | None],
+    differences: Sequence[AttributeDifference] = (),
+) -> Known:
+    """What a recording, a converted directory and its source say of the weights that should be in the model.
+
+    The recording holds a hash of each of LAVIS's parameters. A tensor that has it is taken from the directory or, where
+    the directory's is wrong, made again from the source.
+
+    Args:
+        opened: gives the source, or None where it is not at hand; asked only when a weight is wrong.
+    """
+    held = _Held(variant, tape, folder, opened)
+    return Known(held.true, held.same, held.named, differences)
+
+
+class _Held:
+    def __init__(self, variant: Variant, tape: Tape, folder: Path, opened: Callable[[], Opened | None]):
+        self.folder, self.opened = folder, opened
+        self.digests: dict[str, str] = tape.metadata["parameters"]
+        self.pairs = parameter_pairs(variant)
+        self.rows: dict[str, list[tuple[str, slice | None]]] = {}
+        for reference, (target, rows) in self.pairs.items():
+            if reference in self.digests:
+                self.rows.setdefault(target, []).append((reference, rows))
+
+    def same(self, name: str, tensor: torch.Tensor) -> bool | None:
+        """Whether a parameter of transformers is LAVIS's, by hash. What LAVIS has no name for, the part of a fused bias
+        that belongs to the keys, has to be zero."""
+        parts = self.rows.get(name)
+        if parts is None:
+            return None
+        value = tensor.detach().cpu()
+        for reference, rows in parts:
+            expected = self.digests[reference]
+            if digest_as(value if rows is None else value[rows], expected) != expected:
+                return False
+        return parts[0][1] is None or not value.chunk(3)[1].any()
+
+    def true(self, name: str) -> torch.Tensor | None:
+        """The tensor that should be there, in float32: the directory's, or made from the source."""
+        saved = open_folder(self.folder)
+        if name in saved and self.same(name, saved[name].tensor()):
+            return saved[name].tensor().float()
+        entry = self._entries.get(name)
+        if entry is None or self._source is None:
+            return None
+        made = entry.rule.forward(*(self._source.tensors.tensors[source].tensor() for source in entry.sources))
+        return made.float() if self.same(name, made) else None
+
+    @functools.cached_property
+    def _source(self) -> Opened | None:
+        try:
+            return self.opened()
+        except (RequestError, OSError):
+            return None
+
+    @functools.cached_property
+    def _entries(self) -> dict:
+        return {} if self._source is None else {str(entry.target): entry for entry in self._source.plan().written}
+
+    def named(self, tensor: torch.Tensor) -> list[str]:
+        """Which of transformers' parameters should hold exactly this."""
+        value = tensor.detach().cpu()
+        digests = {digest(value)}
+        for like in self._dtypes:
+            digests.add(digest_as(value, f"{like}:") or "")
+        return [target for one in digests for target in self._by_digest.get(one, [])]
+
+    @functools.cached_property
+    def _dtypes(self) -> set[str]:
+        return {one.split(":", 1)[0] for one in self.digests.values()}
+
+    @functools.cached_property
+    def _by_digest(self) -> dict[str, list[str]]:
+        out: dict[str, list[str]] = {}
+        for reference, one in self.digests.items():
+            target, rows = self.pairs[reference]
+            if rows is None:
+                out.setdefault(one, []).append(target)
+        return out

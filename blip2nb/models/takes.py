@@ -1,0 +1,432 @@
+"""Many images and texts: each stage on every take, and what all of them say together: the median, the worst, and whose.
+
+A *take* is one image with one text. A recording of the demo's inputs has one take that is recorded and several images
+that are captioned; one of chosen inputs has every take recorded. The first take is the one that a report's other parts
+are about.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from blip2nb.models import configuration, evidence, huggingface
+from blip2nb.models.lavis import in_batches
+from blip2nb.trace.comparison import Comparison, StageResult, compare
+from blip2nb.trace.diagnose import AttributeDifference, repaired
+from blip2nb.trace.metrics import compare_logits, kl_per_position
+from blip2nb.variants import Variant
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from blip2nb.trace.stage import Stage
+    from blip2nb.trace.tape import Tape
+
+Arrays = dict[str, np.ndarray]
+
+QUANTITIES = ("arrival_error", "drift", "local_error", "excess")
+"""What is summed up of each stage."""
+
+
+# -- what is shown
+
+
+def shown(tape: Tape, images: Sequence[Image]) -> tuple[list[Image], list[str]]:
+    """The image and the prompt of every caption in a recording.
+
+    Args:
+        images: the recording's, each once.
+    """
+    takes = tape.metadata.get("takes")
+    if takes is None:
+        return list(images), [tape.metadata["prompt"]] * len(images)
+    return [images[take["picture"]] for take in takes], [take["prompt"] for take in takes]
+
+
+def caption(loaded: huggingface.Loaded, images: Sequence[Image], prompts: Sequence[str], **options: Any) -> dict:
+    """`huggingface.caption` of each image behind its own prompt, a few at a time, as LAVIS's were made."""
+
+    def made(prompt: str, numbers: list[int]) -> dict[str, list]:
+        return huggingface.caption(loaded, [images[number] for number in numbers], prompt, **options)
+
+    return in_batches(prompts, made)
+
+
+def _image(tape: Tape, number: int) -> Image:
+    from PIL import Image as PIL
+
+    return PIL.open(io.BytesIO(tape[f"image.{number}"].numpy().tobytes())).convert("RGB")
+
+
+# -- what is measured
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One model on one take.
+
+    Attributes:
+        stages: in the order of the network.
+        faults: names of those where more than rounding happens.
+        logits: as `compare_logits` gives them.
+        kl, max_abs, same: of each position's next token: KL divergence in nats, the largest difference of a logit, and
+            whether the likeliest is the same. (positions,) each.
+    """
+
+    stages: tuple[StageResult, ...]
+    faults: tuple[str, ...]
+    logits: Mapping[str, float]
+    kl: np.ndarray
+    max_abs: np.ndarray
+    same: np.ndarray
+
+    @classmethod
+    def of(cls, found: Comparison, expected: torch.Tensor) -> Measured:
+        """Of a comparison, with the reference's logits: (1, positions, vocabulary)."""
+        ours = found.outputs["logits"]
+        positions = np.full(expected.shape[1], np.nan, np.float32)
+        each = (positions,) * 3
+        if ours.shape == expected.shape:
+            same = ours[0].argmax(-1) == expected[0].argmax(-1)
+            apart = (ours - expected)[0].abs().amax(-1)
+            each = (kl_per_position(ours, expected).float().numpy(), apart.numpy(), same.float().numpy())
+        faults = tuple(stage.name for stage in found.faults)
+        return cls(found.stages, faults, compare_logits(ours, expected), *each)
+
+    @property
+    def error(self) -> float | None:
+        """How far the logits are off by rounding alone; None where it is not rounding alone, or not a number."""
+        largest = self.logits["max_abs"]
+        return None if self.faults or not math.isfinite(largest) else largest
+
+
+@dataclasses.dataclass(frozen=True)
+class Take:
+    """What was measured on one take.
+
+    Attributes:
+        shipped: the model as it is.
+        fixed: with the known differences taken out; None where there was no fault to take out.
+        pixels_equal: whether both models were shown the same pixels, bit for bit.
+    """
+
+    shipped: Measured
+    fixed: Measured | None
+    pixels_equal: bool
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """Stages at fault that no known difference explains."""
+        return (self.fixed or self.shipped).faults
+
+
+def measure(
+    loaded: huggingface.Loaded,
+    variant: Variant,
+    tape: Tape,
+    table: Sequence[Stage],
+    differences: Sequence[AttributeDifference],
+    first: tuple[Comparison, Comparison | None],
+    say: Callable[[str], None],
+) -> list[Take]:
+    """Compare every take that was recorded, one in memory at a time.
+
+    Args:
+        differences: the known ones, which are taken out to see whether a fault goes with them.
+        first: the first take's comparisons, as shipped and with these taken out, made already.
+        say: told which take is on.
+    """
+    expected = tape[table[-1].reference]
+    shipped = [Measured.of(first[0], expected)]
+    fixed = [None if first[1] is None else Measured.of(first[1], expected)]
+    equal = [_pixels_equal(loaded, variant, tape, 0)]
+    for number in range(1, tape.takes):
+        say(f"take {number + 1} of {tape.takes}")
+        shipped.append(_run(loaded, variant, tape, table, number))
+        equal.append(_pixels_equal(loaded, variant, tape, number))
+    with repaired(loaded.model, list(differences)):
+        for number in range(1, tape.takes):
+            again = differences and shipped[number].faults
+            say(f"counter-test of take {number + 1}" if again else f"take {number + 1}")
+            fixed.append(_run(loaded, variant, tape, table, number) if again else None)
+    return [Take(*one) for one in zip(shipped, fixed, equal, strict=True)]
+
+
+def _run(loaded: huggingface.Loaded, variant: Variant, tape: Tape, table: Sequence[Stage], number: int) -> Measured:
+    recorded = tape.take(number)
+    inputs = _inputs(loaded, variant, tape, number)
+    found = compare(recorded, loaded.model, table, inputs, explain=False)
+    return Measured.of(found, recorded[table[-1].reference])
+
+
+def _inputs(loaded: huggingface.Loaded, variant: Variant, tape: Tape, number: int) -> dict[str, Any]:
+    takes = tape.metadata.get("takes") or [{"picture": 0, "texts": tape.metadata["texts"]}]
+    return huggingface.forward_inputs(loaded, variant, _image(tape, takes[number]["picture"]), takes[number]["texts"])
+
+
+def _pixels(tape: Tape, number: int) -> torch.Tensor:
+    return tape[f"take.{number}/pixel_values" if number else "pixel_values"]
+
+
+def _pixels_equal(loaded: huggingface.Loaded, variant: Variant, tape: Tape, number: int) -> bool:
+    ours = _inputs(loaded, variant, tape, number)["pixel_values"]
+    return torch.equal(ours.cpu(), _pixels(tape, number))
+
+
+# -- captions that part where nothing can be told
+
+
+def errors(takes: Sequence[Take], tape: Tape, fixed: bool = False) -> list[float | None]:
+    """How far rounding alone moves the logits of each caption's take; None where there is more than rounding.
+
+    Those of images that were only captioned go by the first take.
+
+    Args:
+        fixed: of the model with the known differences taken out.
+    """
+    captions = len(tape.metadata["captions"]["greedy"]["ids"])
+    own = [((take.fixed if fixed else None) or take.shipped).error for take in takes]
+    return own if len(own) == captions else own[:1] * captions
+
+
+def ties(
+    loaded: huggingface.Loaded,
+    images: Sequence[Image],
+    prompts: Sequence[str],
+    theirs: Mapping[str, list],
+    ours: Mapping[str, list],
+    errors: Sequence[float | None],
+) -> list[bool]:
+    """Which captions differ only because two were as good as one another, so that rounding chose.
+
+    Greedily: at the first token that differs each model's choice is the other's runner-up, and for both the margin is
+    less than twice the error of the logits, so that either could have chosen either. That error is of the forward
+    pass, and not of the step itself: there it is always large enough to account for the choice, also where it is no
+    rounding. With beams, whose scores the recording does not hold, both captions are scored by the model at hand: a
+    token's log-probability is off by twice the logits' error at most, and captions closer than that, over all their
+    tokens, cannot be ranked. A caption that a beam lost half way, by a tie there, is not found so and stays different.
+
+    Args:
+        theirs, ours: captions as `huggingface.caption` gives them, greedy ones with their `steps`.
+        errors: per caption, from `errors`. Where it is None nothing is a tie.
+    """
+    found = []
+    for number, (a, b, error) in enumerate(zip(theirs["ids"], ours["ids"], errors, strict=True)):
+        if a == b or error is None:
+            found.append(False)
+        elif "steps" in ours:
+            found.append(_even(theirs["steps"][number], ours["steps"][number], 2 * error))
+        else:
+            given = loaded, images[number], prompts[number]
+            found.append(abs(score(*given, a) - score(*given, b)) < 2 * error * (len(a) + len(b)))
+    return found
+
+
+def _even(theirs: list, ours: list, margin: float) -> bool:
+    """Whether two ladders part where, for both models, the other's choice was as likely to within a margin in nats."""
+    for (token, chosen, second, least), (other, ours_chosen, ours_second, ours_least) in zip(
+        theirs, ours, strict=False
+    ):
+        if token != other:
+            swapped = second == other and ours_second == token
+            return swapped and chosen - least < margin and ours_chosen - ours_least < margin
+    return False
+
+
+def score(loaded: huggingface.Loaded, image: Image, prompt: str, ids: Sequence[int]) -> float:
+    """The log-probability, in nats, that the model gives a caption behind a prompt: of all its tokens together."""
+    inputs = dict(loaded.processor(images=image, text=prompt, return_tensors="pt").to(loaded.model.device))
+    said = torch.tensor([list(ids)], device=loaded.model.device)
+    if loaded.model.language_model.config.is_encoder_decoder:
+        inputs["labels"] = said
+    else:
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], said[:, :-1]], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad():
+        logits = loaded.model(**inputs, use_cache=False).logits[:, -len(ids) :]
+    return logits.double().log_softmax(-1).gather(-1, said[..., None]).sum().item()
+
+
+# -- what all of them say
+
+
+def summary(
+    loaded: huggingface.Loaded, variant: Variant, tape: Tape, takes: Sequence[Take], captions: Mapping[str, Any]
+) -> tuple[dict[str, Any], Arrays]:
+    """report.json's `images`, and the arrays that go with it.
+
+    Args:
+        tape: of chosen inputs.
+        captions: the report's own.
+    """
+    told = [_told(take) for take in tape.metadata["takes"]]
+    content = aggregate(told, takes, captions["modes"])
+    content = {"skipped": [dict(one) for one in tape.metadata["skipped"]], **content}
+    worst = content["worst"]
+    number = worst["take"]
+    recorded = tape.take(number)
+    tokens = evidence.sequences(loaded, variant, recorded, _inputs(loaded, variant, tape, number))  # type: ignore[arg-type]
+    sides = {"lavis": "lavis", "transformers": "huggingface"}
+    worst |= {side: captions[key]["greedy"][number] for side, key in sides.items()}
+    worst["tokens"] = list(tokens.values())[-1]
+    return content, _arrays(takes) | {"images/worst": _visible(recorded["pixel_values"])}
+
+
+def _told(take: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "image": PurePath(take["image"]).name,
+        "text": take["texts"]["text_input"][0],
+        "prompt": take["prompt"],
+        "size": take["size"],
+        "mode": take["mode"],
+    }
+
+
+def aggregate(
+    told: Sequence[Mapping[str, Any]], takes: Sequence[Take], modes: Mapping[str, Mapping[str, list]]
+) -> dict[str, Any]:
+    """What is said of all takes: for each stage and each measure of the logits the median, the worst and whose it is.
+
+    Args:
+        told: image and text of each take.
+        modes: way of decoding -> `equal` and `ties`, an item a take.
+    """
+    names = [one["image"] for one in told]
+    each = [_each(*one, modes, number) for number, one in enumerate(zip(told, takes, strict=True))]
+    worst = max(range(len(takes)), key=lambda number: _rank(each[number]))
+    return {
+        "count": len(set(names)),
+        "names": list(dict.fromkeys(names)),
+        "texts": list(dict.fromkeys(one["text"] for one in told)),
+        "each": each,
+        "stages": _stages(takes, names),
+        "logits": {
+            what: spread([take.shipped.logits[what] for take in takes], names, least=what == "top1_agreement")
+            for what in ("max_abs", "relative", "kl", "top1_agreement")
+        },
+        "captions": {mode: _agreement(said) for mode, said in modes.items()},
+        "explained": [name for name in _in_order(takes) if not any(name in take.left for take in takes)],
+        "left": [name for name in _in_order(takes) if any(name in take.left for take in takes)],
+        "problem": _problem(each),
+        "worst": {"take": worst, "image": names[worst], "text": told[worst]["text"], "why": _why(each[worst])},
+    }
+
+
+def _each(told: Mapping[str, Any], take: Take, modes: Mapping[str, Mapping[str, list]], number: int) -> dict[str, Any]:
+    largest = max((_badness(value) for value in take.shipped.kl.tolist()), default=0.0)
+    return {
+        **told,
+        "pixels_equal": take.pixels_equal,
+        "faults": list(take.shipped.faults),
+        "left": list(take.left),
+        **{what: take.shipped.logits[what] for what in ("max_abs", "relative", "kl", "top1_agreement")},
+        "kl_largest": largest,
+        "captions_equal": {mode: said["equal"][number] for mode, said in modes.items()},
+        "ties": [mode for mode, said in modes.items() if said["ties"][number]],
+    }
+
+
+def _badness(value: float) -> float:
+    """A distance for ranking: what is not a number is worse than any."""
+    return math.inf if math.isnan(value) else abs(value)
+
+
+def _rank(one: Mapping[str, Any]) -> tuple[bool, bool, bool, float]:
+    parted = not one["captions_equal"]["greedy"] and "greedy" not in one["ties"]
+    return not one["pixels_equal"], bool(one["left"]), parted, _badness(one["kl"])
+
+
+def _why(one: Mapping[str, Any]) -> str:
+    unequal, left, parted, _ = _rank(one)
+    if unequal:
+        return "its pixels differ"
+    if left:
+        return f"first wrong at {one['left'][0]}"
+    return "its captions differ" if parted else "its logits are furthest apart"
+
+
+def _problem(each: Sequence[Mapping[str, Any]]) -> str | None:
+    """The sentence for a verdict where some take is wrong in a way that no known difference explains."""
+    unequal = [one for one in each if not one["pixels_equal"]]
+    left = [one for one in each if one["left"]]
+    if unequal:
+        return f"The pixel values of {unequal[0]['image']} differ from LAVIS's ({_of(unequal, each)})."
+    return f"First wrong at {left[0]['left'][0]} on {left[0]['image']} ({_of(left, each)})." if left else None
+
+
+def _of(some: Sequence, each: Sequence) -> str:
+    return f"{len(some)} of {len(each)} images and texts"
+
+
+def _in_order(takes: Sequence[Take]) -> list[str]:
+    """The stages that are at fault on some take, in the order of the network."""
+    wrong = {name for take in takes for name in take.shipped.faults + take.left}
+    return [stage.name for stage in takes[0].shipped.stages if stage.name in wrong]
+
+
+def _stages(takes: Sequence[Take], names: Sequence[str]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for number, stage in enumerate(takes[0].shipped.stages):
+        of_takes = [take.shipped.stages[number] for take in takes]
+        again = [take.fixed.stages[number] if take.fixed else None for take in takes]
+        out[stage.name] = {
+            **{what: spread([getattr(one, what) for one in of_takes], names) for what in QUANTITIES},
+            "faulty": sum(stage.name in take.shipped.faults for take in takes),
+            "left": sum(stage.name in take.left for take in takes),
+            "fixed": {what: spread([getattr(one, what, None) for one in again], names) for what in QUANTITIES},
+        }
+    return out
+
+
+def spread(values: Sequence[float | None], names: Sequence[str], least: bool = False) -> dict[str, Any] | None:
+    """The median of what was measured, the worst of it, and whose that is; None where nothing was.
+
+    Args:
+        names: the image of each value.
+        least: the smallest is the worst, not the largest. What is not a number is worse than either.
+    """
+    measured = [(number, value) for number, value in enumerate(values) if value is not None]
+    if not measured:
+        return None
+    bad = {number: math.inf if math.isnan(value) else -value if least else value for number, value in measured}
+    worst = max(bad, key=lambda number: bad[number])
+    middle = float(np.median(list(bad.values())))
+    return {"median": -middle if least else middle, "worst": values[worst], "take": worst, "image": names[worst]}
+
+
+def _agreement(said: Mapping[str, list]) -> dict[str, Any]:
+    different = [number for number, equal in enumerate(said["equal"]) if not equal]
+    return {
+        "of": len(said["equal"]),
+        "equal": len(said["equal"]) - len(different),
+        "different": different,
+        "ties": [number for number in different if said["ties"][number]],
+    }
+
+
+def _arrays(takes: Sequence[Take]) -> Arrays:
+    """`images/kl`, `images/max_abs`, `images/same`: (takes, positions), NaN behind the end of a shorter text; and
+    `images/excess`, `images/drift`: (takes, stages), NaN where nothing is measured."""
+    longest = max(len(take.shipped.kl) for take in takes)
+    out = {}
+    for name in ("kl", "max_abs", "same"):
+        rows = [getattr(take.shipped, name) for take in takes]
+        out[f"images/{name}"] = np.stack([np.pad(row, (0, longest - len(row)), constant_values=np.nan) for row in rows])
+    for name in ("excess", "drift"):
+        rows = [[getattr(stage, name) for stage in take.shipped.stages] for take in takes]
+        out[f"images/{name}"] = np.array(rows, dtype=np.float32)
+    return out
+
+
+def _visible(pixels: torch.Tensor) -> np.ndarray:
+    """What both models saw, as an image again: (1, 3, side, side) to (side, side, 3) uint8."""
+    std, mean = (torch.tensor(values).view(3, 1, 1) for values in (configuration.IMAGE_STD, configuration.IMAGE_MEAN))
+    return ((pixels[0] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy().copy()
