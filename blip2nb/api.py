@@ -445,7 +445,6 @@ def explore(target: str | Path | Run) -> Explorer:
         RequestError: there is no such run, it was not verified, or its converted model was removed.
     """
     from blip2nb.display.explorer import Explorer
-    from blip2nb.models.files import Opened
 
     return Explorer(_run_of(target))
 

@@ -63,7 +63,8 @@ Images = Annotated[
 Text = Annotated[
     list[str] | None,
     typer.Option(
-        help="Shown with each image: beside it in the forward pass, before its caption as the prompt. More with --text."
+        metavar="TEXT",
+        help="Shown with each image: beside it in the forward pass, and as its caption's prompt. More with --text.",
     ),
 ]
 Texts = Annotated[str, typer.Option(metavar="FILE", help="A file of such texts, one a line.")]

@@ -4,8 +4,10 @@ off a figure what was drawn."""
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -75,6 +77,7 @@ def report(
     value = {
         "model_name": "tiny-blip2-opt-2.7b", "random_weights": True, "threshold": THRESHOLD,
         "verdict": "explained" if faults else "match", "summary": "What was found.", "stages": stages, "versions": {},
+        "faults": [fault_at(each) for each in stages if each["name"] in faults],
         "first_divergence": first and {
             "stage": first["name"], "module": "vision_model.post_layernorm", "local_error": first["local_error"],
             "excess": first["excess"], "cause": "eps of the post layer norm: LAVIS 1e-05, transformers $1e-06$"},
@@ -91,6 +94,7 @@ def report(
             "lavis": {"greedy": ours}, "huggingface": {"greedy": theirs}, "equal": not faults,
             "modes": {"greedy": {"equal": [True] * 3}, "default": {"equal": [True, False, True]}},
             "ladder": [{"lavis": steps(a), "transformers": steps(b, 1e-6)} for a, b in zip(ours, theirs, strict=True)]},
+        "images": several_images(kind, ours[1], theirs[1]) if faults else None,
         "fusion": {"block": 0, "key_bias_effect": 1.3e-7, "query_bias_effect": 0.31},
         "sequences": sequences(kind),
         "examined": {"stage": (first or stages[8])["name"], "heads": 4, "channels": 48, "channel_step": 1},
@@ -103,6 +107,57 @@ def report(
         "top_tokens": [" cup", " plate", "\n", "中", "$x", "a$", " chair", "</s>", " tree", " https://example.org"],
     }  # fmt: skip
     return json.loads(json.dumps(value))
+
+
+PLACES = (
+    ("layer_norm1", "residual", "in"), ("layer_norm1", "norm", "out"), ("self_attn", "attention", "in"),
+    ("self_attn.projection", "projection", "out"), ("self_attn", "attention", "out"), ("", "residual", "in"),
+    ("layer_norm2", "norm", "out"), ("mlp", "mlp", "in"), ("mlp.fc1", "mlp", "out"),
+    ("mlp.activation_fn", "activation", "in"), ("mlp.fc2", "mlp", "out"), ("", "residual", "out"),
+)  # fmt: skip
+"""Inside a block: module, part, and whether it is what reaches a module or what that gives out."""
+
+
+def fault_at(stage: dict[str, Any], part: str = "norm") -> dict[str, Any]:
+    """The fault of a stage, in its second norm unless told, with three causes: one passes its counter-test, one fails
+    it, one could not be tried."""
+    inside, measured = [], {key: stage[key] for key in ("local_error", "rounding", "excess")}
+    for name, kind, at in PLACES:
+        empty = (name, at) == ("self_attn", "out") or (at == "in" and kind in ("residual", "mlp"))
+        right = {"local_error": 0.0, "rounding": 0.0 if empty else 1e-7, "excess": 1.0}
+        wrong = (kind, at) == (part, "out") and name != "layer_norm1"
+        module = f"{stage['module']}.{name}".removesuffix(".")
+        inside.append({"module": module, "part": kind, "at": at, **(measured if wrong else right), "faulty": wrong})
+    module = next(one["module"] for one in inside if one["faulty"])
+    test = {"change": "with eps 1e-06", "local_error": [stage["local_error"], 0.0], "excess": [stage["excess"], 1.0],
+            "passed": True}  # fmt: skip
+    failed = {"change": "with gelu", "local_error": [stage["local_error"]] * 2, "excess": [stage["excess"]] * 2,
+              "passed": False}  # fmt: skip
+    causes = [
+        ("eps", f"{module}.eps is 1e-05, the reference has 1e-06", "read off both modules", test),
+        ("activation", "the activation is relu, the reference has gelu", "told from what goes in", failed),
+        ("attribute", f"{module}.mode is 'a', the reference has 'b'", "read off both modules", None),
+    ]
+    named = [
+        {"id": id, "words": words, "module": module, "evidence": evidence, "counter_test": tried}
+        for id, words, evidence, tried in causes
+    ]
+    return {"stage": stage["name"], "module": module, "part": part, "arrival_error": None, **measured,
+            "inside": inside, "causes": named}  # fmt: skip
+
+
+def several_images(kind: str, ours: str, theirs: str) -> dict[str, Any]:
+    """What was found on seven images, of which the fourth is the worst."""
+    kl = [2e-11, 0.0, 3e-10, 5e-7, 1e-10, math.nan, 4e-11]
+    names = [f"photo-{n}.jpg" for n in range(3)] + ["$x$ 中 " + "a rather long name " * 4 + ".png", "d", "e", "f"]
+    each = [
+        {"image": name, "text": "a photo of", "kl": value, "max_abs": 1e-4, "top1_agreement": 1.0,
+         "captions_equal": {"greedy": n != 3}}
+        for n, (name, value) in enumerate(zip(names, kl, strict=True))
+    ]  # fmt: skip
+    worst = {"take": 3, "image": names[3], "text": "a photo of", "why": "its captions differ", "lavis": ours,
+             "transformers": theirs, "tokens": list(sequences(kind).values())[-1]}  # fmt: skip
+    return {"count": len(names), "names": names, "texts": ["a photo of"], "each": each, "worst": worst}
 
 
 def steps(caption: str, shift: float = 0.0) -> list[list[Any]]:
@@ -154,7 +209,22 @@ def arrays(positions: int = 40, width: int = 24, report: dict[str, Any] | None =
         "fusion/query": query, "fusion/value": value, "fusion/fused": np.concatenate([query, 0 * query, value]),
     }  # fmt: skip
     values["logits/kl"][3] = values["logits/max_abs"][3] = 0
+    if report and report["images"]:
+        values |= of_images(report["images"])
     return values | (by_stage(report, rng) if report else {})
+
+
+def of_images(images: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What there is an array of for every image. The worst has a token that is bit-equal, one that is no number, and
+    one that would be another."""
+    rng, shape, worst = (
+        np.random.default_rng(3),
+        (images["count"], len(images["worst"]["tokens"])),
+        images["worst"]["take"],
+    )
+    kl, same = 10 ** rng.normal(-9, 1, shape), np.ones(shape)
+    kl[worst, :2], same[worst, -1] = (0, math.nan), 0
+    return {"images/worst": rng.integers(0, 255, (224, 224, 3), dtype=np.uint8), "images/kl": kl, "images/same": same}
 
 
 def by_stage(report: dict[str, Any], rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -228,6 +298,34 @@ def title(picture: Figure) -> str:
 
 def texts(picture: Figure) -> list[str]:
     return [text.get_text() for text in picture.findobj(Text) if text.get_text()]
+
+
+def text_boxes(picture: Figure) -> Iterator[tuple[str, tuple[float, float, float, float]]]:
+    """Every text that is seen, and where: left, bottom, right, top."""
+    renderer = picture.canvas.get_renderer()  # type: ignore[attr-defined]
+    hidden = set()
+    for axes in picture.axes:
+        for axis in (axes.xaxis, axes.yaxis):  # matplotlib keeps ticks beyond the limits, and does not draw them
+            low, high = sorted(axis.get_view_interval())
+            hidden |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
+    for text in picture.findobj(Text):
+        box = text.get_window_extent(renderer)
+        if text.get_visible() and text.get_text().strip() and text not in hidden:
+            empty = text.get_text().startswith("\n")  # an empty first line is room, not words
+            yield text.get_text(), (box.x0, box.y0, box.x1, box.y0 + box.height / 2 if empty else box.y1)
+
+
+def collisions(picture: Figure) -> list[str]:
+    """Where words run into each other or off the page."""
+    boxes, page, found = list(text_boxes(picture)), picture.bbox, []
+    for words, (left, bottom, right, top) in boxes:
+        if not (left > -1 and bottom > -1 and right < page.width + 1 and top < page.height + 1):
+            found.append(f"{words!r} runs off the page")
+    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+        across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+        if across >= 2 and down >= 3:
+            found.append(f"{one!r} runs into {other!r}")
+    return found
 
 
 def marked(axes: Axes, *labels: str, shapes: str = "oD>^v<s") -> dict[float, float]:

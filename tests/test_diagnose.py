@@ -54,7 +54,7 @@ WEIGHTS = {
     "back to front": ("v.position_embedding", P, lambda t: t.copy_(t.flip(1)), "position_order", "back to front"),
     "one value": ("a.fc1.weight", W, lambda t: t[0, 0].add_(1e-6), "weight_changed", "1 of 576"),
     "trained on": ("a.fc1.weight", W, lambda t: t.add_(1e-3 * noise(24, 24, seed=1)), "weight_changed", "of its norm"),
-    "another": ("a.fc1.weight", W, lambda t: t.copy_(noise(24, 24, seed=9)), "weight_swapped", "little in common"),
+    "another": ("a.fc1.weight", W, lambda t: t.copy_(noise(24, 24, seed=9)), "weight_changed", "little in common"),
 }  # fmt: skip
 
 

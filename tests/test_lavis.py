@@ -68,7 +68,7 @@ def test_a_twin_is_explained_by_one_cause_against_a_live_recording(name, live_ta
 @pytest.mark.parametrize("name", TWINS)
 def test_the_shipped_recording_is_what_lavis_does_today(name, live_tapes):
     shipped, live = Tape(SHIPPED_TAPES / f"{name}.safetensors"), live_tapes[name]
-    assert Path(shipped.path).stat().st_size < 3e6
+    assert Path(shipped.path).stat().st_size < 6.5e6
     same = (
         "model",
         "parameters",
@@ -104,7 +104,7 @@ def test_the_shipped_recording_is_what_lavis_does_today(name, live_tapes):
 
 
 def test_the_shipped_recordings_fit_their_budget():
-    assert sum(path.stat().st_size for path in SHIPPED_TAPES.glob("*.safetensors")) < 15e6
+    assert sum(path.stat().st_size for path in SHIPPED_TAPES.glob("*.safetensors")) < 32e6
 
 
 @pytest.mark.parametrize("name", TWINS)

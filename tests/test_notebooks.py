@@ -52,6 +52,12 @@ def executed(path):
     return "\n".join(text), pictures
 
 
+def parameters(path):
+    """The names that a notebook's tagged cell declares."""
+    tagged = next(cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", []))
+    return assigned(tagged.source)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_has_the_form_of_all(path):
     notebook = nbformat.read(path, 4)
@@ -91,14 +97,20 @@ def test_a_step_shows_the_packages_own_source_and_ends_with_two_exercises(path):
     assert sum("assert " in cell.source for cell in cells if cell.cell_type == "code") >= 3
 
 
+@pytest.fixture(scope="module")
+def listings():
+    """Notebook -> what papermill lists of it, two of them at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {path: pool.submit(papermill, "--help-notebook", path, cwd=ROOT) for path in NOTEBOOKS}
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_papermill_lists_each_parameter_with_its_comment(path):
-    shown = papermill("--help-notebook", path, cwd=ROOT)
+def test_papermill_lists_each_parameter_with_its_comment(path, listings):
+    shown = listings[path].result()
     assert shown.returncode == 0
-    tagged = next(cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", []))
-    for name in assigned(tagged.source):
+    for name in parameters(path):
         assert f"  {name}: " in shown.stdout
-    assert "which model" in shown.stdout
+    assert ("which model" in shown.stdout) == ("model_name" in parameters(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +125,9 @@ class Executed:
 
 def execute(path, model, start, outputs, notebook):
     """As people type it, from the root or from notebooks/."""
-    given = ["-p", "model_name", model, "-p", "output_dir", outputs]
+    given = ["-p", "model_name", model] if "model_name" in parameters(path) else []
     name = path.relative_to(ROOT) if start == ROOT else path.name
+    given += ["-p", "output_dir", outputs]
     end = papermill(name, notebook, *given, cwd=start, environment={"OMP_NUM_THREADS": "1"})  # two run at a time
     written = {file: file.stat().st_mtime_ns for file in outputs.glob("*/model/*.safetensors")}
     return Executed(outputs, end, notebook, written)
@@ -166,12 +179,25 @@ def test_convert_leaves_report_page_and_figures(executions):
         assert {path.suffix for path in (run / "figures").iterdir()} == {".png"}
 
 
+@pytest.fixture(scope="module")
+def misspelt(tmp_path_factory):
+    """Notebook -> its execution with a misspelt parameter, and the folder it was started in, two of them at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {}
+        for path in OWN_KERNEL:
+            folder = tmp_path_factory.mktemp(path.stem)
+            given = (path, folder / "out.ipynb", "-p", "outputdir", folder / "x")
+            jobs[path] = pool.submit(papermill, *given, cwd=folder), folder
+        yield jobs
+
+
 @pytest.mark.parametrize("path", OWN_KERNEL, ids=lambda path: path.stem)
-def test_a_misspelt_parameter_is_refused_before_anything_runs(path, tmp_path):
-    done = papermill(path, tmp_path / "out.ipynb", "-p", "outputdir", tmp_path / "x", cwd=tmp_path)
+def test_a_misspelt_parameter_is_refused_before_anything_runs(path, misspelt):
+    job, folder = misspelt[path]
+    done = job.result()
     assert done.returncode != 0
     assert "no parameter 'outputdir'. Did you mean 'output_dir'?" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"]
+    assert [path.name for path in folder.iterdir()] == ["out.ipynb"]
 
 
 @pytest.mark.parametrize(

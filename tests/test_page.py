@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up import ARRAYS_OF, BROKEN, REPORTS, arrays
+from made_up import ARRAYS_OF, BROKEN, REPORTS, arrays, fault_at
 from PIL import Image
 
 from blip2nb import api
@@ -47,6 +47,7 @@ def whole(report: dict[str, Any], model: str = TWIN, unused: int = 5) -> dict[st
         **report,
         "model_name": model, "proof": "both", "seconds": 3.67, "summary": "The same model but for one known cause.",
         "known_differences": [known] if report["verdict"] == "explained" else [], "attribute_differences": [],
+        "faults": [],  # what is known is none
         "weights": {**report["weights"], "modules_checked": 241, "misshapen": [], "roundtrip_differences": [],
                     "modules_different": [], "names": names},
         "logits": {**report["logits"], "top1_agreement": 1.0, "fixed": {"relative": 3e-7}},
@@ -64,10 +65,11 @@ def full_arrays() -> dict[str, np.ndarray]:
         if name.startswith("tokens/qformer"):
             value[name] = (np.nanmedian(errors) * 10 ** rng.normal(0, 0.3, 32)).astype(np.float32)
     ours = rng.normal(0, 1, (257, 1408)).astype(np.float32)
+    image = np.asarray(Image.effect_mandelbrot((224, 224), (-2, -1.5, 1, 1.5), 60).convert("RGB"))
     return value | {
         **arrays(width=1408), "examined/lavis": ours,
         "examined/transformers": (ours * 1.001 + rng.normal(0, 1e-4, ours.shape)).astype(np.float32),
-        "pixels/image": np.asarray(Image.effect_mandelbrot((224, 224), (-2, -1.5, 1, 1.5), 60).convert("RGB")),
+        "pixels/image": image, "images/worst": image,
         "pixels/default": rng.integers(-1, 2, (3, 224, 224)).astype(np.int8),
     }  # fmt: skip
 
@@ -81,17 +83,32 @@ def weights_only(complete_with: str = "blip2nb capture x") -> dict[str, Any]:
 def diverging() -> dict[str, Any]:
     value = whole(REPORTS["two faults"])
     value["weights"]["modules_different"] = [f"module {n} is not its counterpart" for n in range(30)]
-    return {**value, "verdict": "diverges", "known_differences": []}
+    first, last = REPORTS["two faults"]["faults"]
+    again = {**first, "stage": "vision.block.04", "module": first["module"].replace(".2.", ".4.")}
+    return {**value, "verdict": "diverges", "known_differences": [], "faults": [first, again, last]}
+
+
+def rounded(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is found of a model that somebody rounded: the same cause in two parts of every block."""
+    found = [
+        fault_at(stage, part) for stage in report["stages"] if not stage["junction"] for part in ("mlp", "projection")
+    ]
+    for fault in found:
+        name = f"{fault['module']}.weight"
+        words = f"{name}: every value is the right one rounded to bfloat16"
+        fault["causes"] = [{**fault["causes"][0], "id": "rounded_weights", "module": name, "words": words}]
+    return found
 
 
 FULL = whole(REPORTS["full T5"], "blip2-flan-t5-xl", 39)
 FULL["known_differences"] = []
 FULL["verdict"] = "diverges"
+FULL["faults"] = REPORTS["full T5"]["faults"] + rounded(REPORTS["full T5"])
 FULL_ARRAYS = full_arrays()
 CASES: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {
-    "match": (whole(REPORTS["pass"]), ARRAYS_OF["pass"]),
+    "match": (whole(REPORTS["pass"]), {}),  # without the figures that need arrays
     "explained": (whole(REPORTS["fault"]), ARRAYS_OF["fault"]),
-    "diverges": (diverging(), ARRAYS_OF["two faults"]),
+    "diverges": (diverging(), {}),
     "weights_only": (weights_only(), {}),
     "NaN": ({**whole(REPORTS["NaN"]), "verdict": "diverges"}, ARRAYS_OF["NaN"]),
     "full": (FULL, FULL_ARRAYS),
@@ -242,6 +259,60 @@ def test_a_checkpoint_of_ones_own_is_named_in_the_commands() -> None:
     assert page._commands(report) == commands
 
 
+# --------------------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_faults_are_there_before_the_numbers_and_only_where_there_are_any(case: str) -> None:
+    sections = [e.attributes["id"] for e in read(case).all("section") if "id" in e.attributes]
+    assert ("faults" in sections) == bool(CASES[case][0]["faults"])
+    assert "faults" not in sections or sections.index("faults") < sections.index("numbers")
+
+
+def fault_lines(found: Read) -> list[str]:
+    """What stands in the line of each group of faults, closed."""
+    at = [n for n, e in enumerate(found.elements) if e.attributes.get("class") == "fault"]
+    assert all(found.elements[n].tag == "details" and found.elements[n + 1].tag == "summary" for n in at)
+    return [found.elements[n + 1].text for n in at]
+
+
+def test_a_fault_says_where_how_large_why_and_what_the_counter_test_gave() -> None:
+    one, other = fault_lines(read("diverges"))
+    first = CASES["diverges"][0]["faults"][0]
+    error = f"{first['local_error']:.1e}"
+    assert one == (
+        f"{first['stage']} norm {first['module']} eps is 1e-05, the reference has 1e-06 … and in 1 more place "
+        f"41 × its own rounding with eps 1e-06: {error} → 0.0e+00, passed"
+    )
+    assert other.startswith("language.block.01 norm")
+    assert "∞ × its own rounding" in other
+
+
+def test_a_fault_opens_to_the_other_causes_and_to_its_inside() -> None:
+    found, first = read("diverges"), CASES["diverges"][0]["faults"][0]
+    items = [element.text for element in found.all("li")]
+    failed = next(one for one in items if one.startswith("the activation is relu"))
+    assert failed.endswith("more than rounding is left)")
+    assert "mode is 'a', the reference has 'b' (read off both modules; no counter-test)" in items
+    assert any("What speaks for it: read off both modules." in element.text for element in found.all("p"))
+    rows = found.rows("inside")
+    opened = [place for fault in (first, CASES["diverges"][0]["faults"][2]) for place in fault["inside"]]
+    assert [row[1] for row in rows] == [place["module"] for place in opened]
+    assert [row[2] == "FAULT" for row in rows] == [place["faulty"] for place in opened]
+    assert next(row for row in rows if row[2] == "FAULT")[4] == "41"
+    assert [row[0] for row in found.rows("where")] == ["vision.block.02", "vision.block.04"]
+
+
+def test_more_than_200_faults_are_a_few_lines() -> None:
+    faults = CASES["full"][0]["faults"]
+    assert len(faults) > 200
+    lines = fault_lines(read("full"))
+    assert len(lines) < 10
+    counted = [re.search(r"and in (\d+) more place", line) for line in lines]
+    assert sum(1 + int(found[1] if found else 0) for found in counted) == len(faults)
+    assert sum("rounded to bfloat16" in line for line in lines) < 4
+
+
 # ---------------------------------------------------------------------------------------------------- the contents
 
 
@@ -273,7 +344,8 @@ def test_figures_carry_their_data_up_to_a_limit(case: str) -> None:
     report, values = CASES[case]
     found = read(case)
     totals = [len(plots.table(name, report, values)) for name in page._READING if name in plots.available(*CASES[case])]
-    said = [int(element.text.split(", ")[-1].split()[0]) for element in found.all("summary")]
+    summaries = [element.text for element in found.all("summary") if element.text.startswith("The data of")]
+    said = [int(words.split(", ")[-1].split()[0]) for words in summaries]
     assert said == [total for total in totals if total]
     notes = [element.text for element in found.all("p") if element.text.startswith(f"The first {page.MOST_ROWS} of ")]
     assert len(notes) == sum(total > page.MOST_ROWS for total in totals)
@@ -373,11 +445,16 @@ def test_the_search_finds_the_elements_it_works_on() -> None:
 
 def test_what_a_model_or_a_file_says_is_text() -> None:
     evil = '<script>alert("1")</script><img src=x onerror=alert(1)> & {{ 7 * 7 }}'
-    report, values = copy.deepcopy(CASES["diverges"][0]), CASES["diverges"][1]
+    report, values = copy.deepcopy(CASES["diverges"])
     report["summary"] = report["first_divergence"]["cause"] = evil
     report["captions"]["lavis"]["greedy"][0] = report["captions"]["ladder"][0]["lavis"][0][0] = evil
     report["provenance"]["files"][0]["name"] = report["provenance"]["prompt"] = evil
     report["attribute_differences"] = [evil]
+    for fault in report["faults"]:
+        fault["module"] = fault["part"] = fault["inside"][0]["part"] = fault["inside"][0]["module"] = evil
+        for cause in fault["causes"]:
+            cause["words"] = cause["evidence"] = evil
+        fault["causes"][0]["counter_test"]["change"] = evil
     report["weights"]["names"][0] = [[evil], evil, evil, [1], evil]
     report["versions"] = {evil: {evil: evil}}
     found = Read(page.render(report, values))
@@ -409,7 +486,8 @@ def test_a_verification_leaves_a_page_that_names_no_place(run: Run) -> None:
     assert run.left()["page"] == run.page == run.folder / "report.html"
     assert not list(run.folder.glob("*.partial"))
     said = run.page.read_text(encoding="utf-8")
-    assert said == page.render(run.report.content, run.report.arrays)  # with the figures that were drawn before it
+    saved = {path.stem: Image.open(path) for path in run.figures.iterdir()}
+    assert said == page.render(run.report.content, run.report.arrays, saved)  # it shows the figures that lie beside it
     for place in ("jane-doe", "secret-project", str(Path.home()), tempfile.gettempdir(), str(Path.cwd())):
         assert place not in said, place
     rows = Read(said).rows("names")
@@ -446,11 +524,11 @@ def test_a_damaged_model_says_so(model_copy: Callable[[str], Run], tmp_path: Pat
     run = model_copy(TWIN)
     name = "qformer.encoder.layer.1.attention.attention.query.weight"
     edit_weights(run.model / "model.safetensors", lambda tensors: tensors[name].mul_(1.01))
-    api.verify(run, proof="both")
-    found = Read(run.page.read_text(encoding="utf-8"))
+    said = page.render(api.verify(run, proof="both", figures=False).content, {})
+    found = Read(said)
     assert found.all("h1")[0].text == f"{TWIN} Not the same model"
     rows = dict(row for row in found.rows("key") if len(row) == 2)
     assert rows["first wrong at"] == "qformer.layer.01"
     assert name in rows["most likely because"]
     assert "FAULT: more than rounding" in {row[1] for row in found.rows("stages")}
-    assert str(tmp_path) not in run.page.read_text(encoding="utf-8")
+    assert str(tmp_path) not in said

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import matplotlib
@@ -20,10 +19,12 @@ from made_up import (
     REPORTS,
     THRESHOLD,
     WIDTHS,
+    collisions,
     column,
     drawn,
     marked,
     report,
+    text_boxes,
     texts,
     title,
 )
@@ -68,6 +69,7 @@ LAID_OUT = [
     *itertools.product([name for name in plots.FIGURES if name not in _BY_STAGE], ["fault"]),
     ("before_and_after", "two faults"),
     ("before_and_after", "full T5"),
+    ("inside", "full, faults"),
 ]
 
 
@@ -76,29 +78,8 @@ LAID_OUT = [
 @pytest.mark.parametrize(("name", "case"), LAID_OUT)
 def test_no_words_run_into_each_other_or_off_the_page(name: str, case: str, width: float) -> None:
     picture = drawn(name, case, width)
-    boxes = list(_text_boxes(picture))
-    assert len(boxes) > 5
-    page = picture.bbox
-    for words, (left, bottom, right, top) in boxes:
-        inside = left > -1 and bottom > -1 and right < page.width + 1 and top < page.height + 1
-        assert inside, f"{words!r} runs off the page"
-    for (one, a), (other, b) in itertools.combinations(boxes, 2):
-        across, down = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-        assert across < 2 or down < 3, f"{one!r} runs into {other!r}"
-
-
-def _text_boxes(picture: Figure) -> Iterator[tuple[str, tuple[float, float, float, float]]]:
-    renderer = picture.canvas.get_renderer()  # type: ignore[attr-defined]
-    hidden = set()
-    for axes in picture.axes:
-        for axis in (axes.xaxis, axes.yaxis):  # matplotlib keeps ticks beyond the limits, and does not draw them
-            low, high = sorted(axis.get_view_interval())
-            hidden |= {tick.label1 for tick in axis.get_major_ticks() if not low <= tick.get_loc() <= high}
-    for text in picture.findobj(Text):
-        box = text.get_window_extent(renderer)
-        if text.get_visible() and text.get_text().strip() and text not in hidden:
-            empty = text.get_text().startswith("\n")  # an empty first line is room, not words
-            yield text.get_text(), (box.x0, box.y0, box.x1, box.y0 + box.height / 2 if empty else box.y1)
+    assert len(list(text_boxes(picture))) > 5
+    assert collisions(picture) == []
 
 
 def test_letters_that_the_font_lacks_and_dollar_signs_are_shown_as_they_are() -> None:
@@ -426,12 +407,14 @@ def test_alt_texts_hold_the_numbers() -> None:
         "stage_by_token": ["vision.post_layernorm", "17 positions", "class token", "20 %"],
         "token_by_channel": ["17 positions × 48 channels", "Fault at vision.post_layernorm", "everywhere", "4.8 %"],
         "signature": ["residual = 0.001 × value: a scale", "99.99 %", "offset 0 %"],
+        "inside": ["Inside vision.post_layernorm it is the layer_norm2: 12.7 ×", "8 places", "eps is 1e-05", "passed"],
         "stage_map": ["23 places", "vision.post_layernorm", "12.7 ×", "all else agrees"],
         "logits": ["4e-6", "1e-4", "2e-10", "98 %"],
         "pixels": ["bit-equal", "0.3 %", "0.015"],
         "captions": ["1 of 3 images", "noise on purpose"],
         "files": ["235 written", "7.73 GB", "Q-Former 420 MB"],
         "fusion": ["1.3e-7", "0.31"],
+        "worst_image": ["Of 7 images $x$", "its captions differ", "5e-7 nats", "1e-4", "captions of it differ"],
     }
     assert set(wanted) == set(plots.FIGURES)
     for name, numbers in wanted.items():
@@ -454,7 +437,7 @@ def test_what_there_is_no_data_for_is_skipped(tmp_path: Any) -> None:
 
 
 def test_saved_files_are_named_by_width_and_carry_their_alt_text(tmp_path: Any) -> None:
-    value = {**REPORTS["fault"], "logits": None, "captions": None, "pixel_values": None, "fusion": None}
+    value = {**REPORTS["fault"], "logits": None, "captions": None, "pixel_values": None, "fusion": None, "faults": []}
     folder = tmp_path / "run" / "figures"
     paths = plots.save(value, {}, folder, widths=(7.0, 3.4), formats=("png", "svg", "pdf"))
     stems = ("stage_map", "depth_trace", "before_and_after", "files")

@@ -42,6 +42,7 @@ def found(stages, explains=(), captions=True, captions_fixed=True, pixels=True, 
     whole = {"missing": [], "unexpected": [], "misshapen": [], "roundtrip_differences": [], "modules_different": []}
     return {
         "proof": "both",
+        "computed_in": "float32",
         "threshold": 3.0,
         "weights": {**whole, "roundtrip": True, "modules_equal": True, "written": 9, "dtype": "auto", **weights},
         "stages": stages,

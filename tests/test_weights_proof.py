@@ -305,9 +305,17 @@ def test_a_fault_beside_the_known_difference_is_the_one_that_is_named(model_copy
 @pytest.mark.parametrize(
     ("change", "stage", "words"),
     [
-        (lambda c: c["vision_config"].update(hidden_act="gelu_new"), "vision.block.00", "look at what it computes"),
-        (lambda c: c["text_config"].update(activation_function="gelu"), "language.block.00", "at what it computes"),
-        (lambda c: c.update(image_token_index=499), "language.inputs_embeds", "look between the stages"),
+        (
+            lambda c: c["vision_config"].update(hidden_act="gelu_new"),
+            "vision.block.00",
+            "the activation is gelu_new, the reference has gelu (with gelu",
+        ),
+        (
+            lambda c: c["text_config"].update(activation_function="gelu"),
+            "language.block.00",
+            "the activation is gelu, the reference has relu (with relu",
+        ),
+        (lambda c: c.update(image_token_index=499), "language.inputs_embeds", "the image's 0 places begin nowhere"),
     ],
 )
 def test_a_fault_that_no_weight_shows_is_placed_by_the_behaviour(model_copy, change, stage: str, words: str):

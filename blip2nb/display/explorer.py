@@ -9,7 +9,8 @@ import ipywidgets as widgets
 import numpy as np
 
 from blip2nb.display import plots
-from blip2nb.display.figures import one_position
+from blip2nb.display.faults import Faults
+from blip2nb.display.figures import inside, one_position
 from blip2nb.models.evidence import heads_of
 from blip2nb.report import Report
 from blip2nb.run.workbench import Sides
@@ -32,10 +33,11 @@ _FED = {"as the model runs (drift)": "own", "fed what LAVIS's stage was fed (loc
 
 class Explorer:
     """Shows itself in a notebook. Where there is nobody to move it, as in an executed notebook, it is its first figure.
-    A new stage is looked at where the two models differ most.
+    A new stage is looked at where the two models differ most; one that has a fault is opened, with its causes.
 
     Attributes:
         stage, view, fed, token, image: the controls, whose `.value` can be set from code as well.
+        next_fault: the button that goes on to the next stage with a fault, and from the last to the first.
         tensors: both models' values at the chosen stage.
     """
 
@@ -58,10 +60,31 @@ class Explorer:
             control.layout.width = "32em" if isinstance(control, widgets.Dropdown) else "14em"
             control.style.description_width = "7em"
             control.observe(self._changed, "value")
-        top = widgets.HBox([self.view, self.stage, self.fed, self.token, self.image])
+        places = [fault["stage"] for fault in self.report.content.get("faults") or []]
+        self._faulty = [name for name in stages if name in places]
+        self.next_fault = widgets.Button(description="next fault", disabled=not self._faulty)
+        self.next_fault.on_click(lambda _: self._go_on())
+        self._causes = widgets.HTML()
+        self._inside = widgets.Image(format="png", width=96 * 7, layout=widgets.Layout(max_width="100%"))
+        top = widgets.HBox([self.view, self.stage, self.next_fault, self.fed, self.token, self.image])
         top.layout.flex_flow = "row wrap"
-        self._box = widgets.VBox([top, self._picture, self._words])
+        self._box = widgets.VBox([top, self._picture, self._causes, self._inside, self._words])
         self._changed(None)
+
+    def inside(self) -> Any:
+        """The chosen stage from inside; None where it has no fault, or nothing in it was looked at."""
+        return inside.draw(self._here, {}) if inside.available(self._here, {}) else None
+
+    @property
+    def _here(self) -> dict[str, Any]:
+        """The report with the faults of the chosen stage alone."""
+        faults = [one for one in self.report.content.get("faults") or [] if one["stage"] == self.stage.value]
+        return {**self.report.content, "faults": faults}
+
+    def _go_on(self) -> None:
+        stages = list(self.stage.options)
+        here = stages.index(self.stage.value)
+        self.stage.value = next((one for one in self._faulty if stages.index(one) > here), self._faulty[0])
 
     def figure(self) -> Any:
         """The figure for the controls as they are; None where there is none of such values."""
@@ -82,7 +105,7 @@ class Explorer:
         assert self.tensors is not None
         chosen = next(stage for stage in report["stages"] if stage["name"] == self.stage.value)
         first = report["first_divergence"]
-        here = first if first and first["stage"] == self.stage.value else None
+        here = first if first and first["stage"] == self.stage.value else next(iter(self._here["faults"]), None)
         heads, channels = heads_of(self._variant, chosen["name"]), _flat(self.tensors.lavis).shape[1]
         about = {"stage": chosen["name"], "heads": heads, "channels": channels, "channel_step": 1}
         return {**report, "first_divergence": here, "examined": about}
@@ -102,6 +125,8 @@ class Explorer:
         if not self.report["stages"]:
             self._words.value = html.escape(self.report["summary"])
             return
+        if change is None or change["owner"] is self.stage:
+            self._open_fault()
         if change is None or change["owner"] in (self.stage, self.fed):
             self.tensors = self.run.tensor(self.stage.value, self.fed.value)
             self.token.unobserve(self._changed, "value")  # drawn once, below
@@ -114,6 +139,14 @@ class Explorer:
             self._picture.value = picture._repr_png_()[0]
         missing = f"<p>No picture of this: {self.view.label} of {self.stage.value}.</p>" if picture is None else ""
         self._words.value = missing + self._describe()
+
+    def _open_fault(self) -> None:
+        """The chosen stage's causes and its inside, where it has a fault; nothing where it has none."""
+        faults, picture = Faults(self._here), self.inside()
+        self._causes.value = faults._repr_html_() if faults.groups else ""
+        self._inside.layout.display = "none" if picture is None else None
+        if picture is not None:
+            self._inside.value = picture._repr_png_()[0]
 
     def _describe(self) -> str:
         """The chosen stage and token in numbers: what is behind the figure."""

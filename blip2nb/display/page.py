@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from blip2nb.display import plots, text
+from blip2nb.display import faults, plots, text
 from blip2nb.display.figures.depth import Depth
-from blip2nb.display.figures.style import Arrays, Report
+from blip2nb.display.figures.style import Arrays, Report, rasterise
 from blip2nb.display.figures.words import as_bytes, as_count, as_number, as_percent, as_times
 from blip2nb.variants import variant
 
@@ -34,7 +35,7 @@ MOST_ROWS = 200
 _WIDE, _NARROW = 7.0, 3.4  # inches: what a desk and a phone are shown
 
 
-def save(report: Report, arrays: Arrays, path: Path, drawn: Mapping[str, bytes] | None = None) -> Path:
+def save(report: Report, arrays: Arrays, path: Path, drawn: Mapping[str, Image.Image] | None = None) -> Path:
     """Write the page, whole or not at all. Arguments as for `render`. Returns the path."""
     beside = path.with_name(f"{path.name}.partial")
     beside.write_text(render(report, arrays, drawn), encoding="utf-8", newline="\n")
@@ -42,13 +43,13 @@ def save(report: Report, arrays: Arrays, path: Path, drawn: Mapping[str, bytes] 
     return path
 
 
-def render(report: Report, arrays: Arrays, drawn: Mapping[str, bytes] | None = None) -> str:
+def render(report: Report, arrays: Arrays, drawn: Mapping[str, Image.Image] | None = None) -> str:
     """The page as HTML.
 
     Args:
         report: as in report.json.
         arrays: as in arrays.safetensors.
-        drawn: PNGs, 7 inches wide, of figures that were drawn already, by the figure's name. The others are drawn.
+        drawn: those of `plots.rasters` that were drawn already, by the figure's name. The others are drawn.
     """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -66,6 +67,7 @@ def render(report: Report, arrays: Arrays, drawn: Mapping[str, bytes] | None = N
         completion=_completion(report),
         numbers=text.numbers(report),
         figures=list(_figures(report, arrays, drawn or {})),
+        faults=[_fault(group) for group in faults.Faults(report).groups],
         stages=_stages(report) if report["stages"] else [],
         names=_names(report["weights"]["names"]),
         files=_files(report["provenance"]["files"]),
@@ -203,6 +205,48 @@ def _files(files: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [(one["name"], as_bytes(one["bytes"])) for one in files]
 
 
+# -- what goes wrong
+
+
+def _fault(group: faults.Group) -> dict[str, Any]:
+    """What the page says of faults of one cause: of the first all that was found, of the others where they are."""
+    first = group.first
+    opened = next((fault for fault in group.faults if len(fault["inside"]) > 1), None)
+    return {
+        **{key: first[key] for key in ("part", "module")},
+        "where": faults.where(first),
+        "size": faults.size(first),
+        "words": group.words_with_more,
+        "tested": faults.tested(group.cause),
+        "evidence": group.cause["evidence"],
+        "others": [(faults.said(first, one), one["evidence"], faults.tested(one)) for one in group.others],
+        "opened": opened and faults.where(opened),
+        "inside": [_look(place) for place in opened["inside"]] if opened else [],
+        "places": [_place(fault) for fault in group.faults],
+    }
+
+
+def _look(place: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for one place inside a stage."""
+    still = place["local_error"] == 0
+    handed_on = still and place["rounding"] == 0
+    return {
+        "what": f"{place['part']}, on the way" if place["at"] == "in" else place["part"],
+        "module": place["module"],
+        "error": faults.number(place["local_error"], ".1e"),
+        "times": "–" if handed_on else faults.number(place["excess"], ".3g"),
+        "wrong": place["faulty"],
+        "finding": "FAULT" if place["faulty"] else "bit-equal" if still else "rounding alone",
+    }
+
+
+def _place(fault: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row for one of many faults of one cause."""
+    cause = fault["causes"][0]
+    named = (faults.where(fault), fault["part"], fault["module"])
+    return (*named, faults.size(fault), faults.said(fault, cause), faults.tested(cause) or "–")
+
+
 # -- the figures
 
 
@@ -272,6 +316,11 @@ _READING = {
         "The captions",
         "What both models say about each image, token by token. Where they part is marked.",
     ),
+    "worst_image": (
+        "The image they agree on least",
+        "Of all images that were shown to both, the one where the predictions are furthest apart: token by token, and "
+        "beside all the others.",
+    ),
     "stage_by_token": (
         "The error of each token",
         "A row for each place in the network, a column for each token. A single bright column is one token's trouble, "
@@ -287,23 +336,28 @@ _READING = {
         "The difference against LAVIS's own value. A level line off zero is a bias, a slope is a scale, a curve is "
         "another function; a shapeless cloud is rounding.",
     ),
+    "inside": (
+        "Inside the place that goes wrong",
+        "The modules of one place in the order in which they run, each fed what LAVIS's was fed. What is above the "
+        "dashed line goes wrong by itself; an arrow leads to where it is once the likely cause is put right.",
+    ),
 }  # fmt: skip
 """Name -> (title, how to read it), in the order of the page."""
 
 
-def _figures(report: Report, arrays: Arrays, drawn: Mapping[str, bytes]) -> Iterator[_Figure]:
+def _figures(report: Report, arrays: Arrays, drawn: Mapping[str, Image.Image]) -> Iterator[_Figure]:
     there = plots.available(report, arrays)
     for name in [*(one for one in _READING if one in there), *(one for one in there if one not in _READING)]:
         title, reading = _READING.get(name, (name.replace("_", " ").capitalize(), ""))
         rows = plots.table(name, report, arrays)
-        wide = drawn[name] if name in drawn else _png(name, report, arrays, _WIDE)
+        wide = drawn[name] if name in drawn else _raster(name, report, arrays, _WIDE)
         yield _Figure(
             name=name,
             title=title,
             reading=reading,
             alt=plots.alt_text(name, report, arrays),
             wide=_picture(wide),
-            narrow=_picture(_png(name, report, arrays, _NARROW)),
+            narrow=_picture(_raster(name, report, arrays, _NARROW)),
             columns=[_COLUMNS.get(key, key.replace("_", " ")) for key in (rows[0] if rows else {})],
             rows=[list(row.values()) for row in rows[:MOST_ROWS]],
             total=len(rows),
@@ -320,22 +374,29 @@ _COLUMNS = {
 }
 
 
-def _png(name: str, report: Report, arrays: Arrays, width: float) -> bytes:
+def _raster(name: str, report: Report, arrays: Arrays, width: float) -> Image.Image:
     """Sharp where it is shown: at least two pixels of the file for each of the page's."""
-    buffer = io.BytesIO()
-    picture, dpi = plots.FIGURES[name](report, arrays, width), 200 if width == _WIDE else 256
-    plots.write_picture(picture, buffer, "png", dpi, pil_kwargs={"compress_level": 1})  # it is read again at once
-    return buffer.getvalue()
+    return rasterise(plots.FIGURES[name](report, arrays, width), plots.DPI if width == _WIDE else 256)
 
 
-def _picture(png: bytes) -> _Picture:
+def _picture(image: Image.Image) -> _Picture:
     """With 256 colours, which is all that the figures need, a third of the size, and half of what it is as SVG."""
-    with Image.open(io.BytesIO(png)) as image:
-        small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    buffer = io.BytesIO()
+    small, buffer = _with_few_colours(image), io.BytesIO()
     small.save(buffer, "PNG", compress_level=6)
     data = base64.b64encode(buffer.getvalue()).decode()
     return _Picture(f"data:image/png;base64,{data}", *small.size)
+
+
+def _with_few_colours(image: Image.Image) -> Image.Image:
+    """RGB to a palette. Only the first dot of each stretch of one colour is looked at, which is a tenth of them."""
+    dots = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32)
+    starts = np.flatnonzero(np.diff(dots, prepend=~dots[:1]))
+    firsts = Image.frombytes("RGB", (len(starts), 1), dots[starts].tobytes(), "raw", "RGBX")
+    firsts = firsts.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    places = np.repeat(np.asarray(firsts)[0], np.diff(starts, append=dots.size))
+    small = Image.frombytes("P", image.size, places.tobytes())
+    small.putpalette(firsts.getpalette() or [])
+    return small
 
 
 def _cell(value: Any) -> str:

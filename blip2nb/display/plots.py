@@ -6,9 +6,12 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import IO, Any
+from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from blip2nb.display.figures import (
     activations,
@@ -17,14 +20,16 @@ from blip2nb.display.figures import (
     depth_trace,
     files,
     fusion,
+    inside,
     logits,
     pixels,
     signature,
     stage_by_token,
     stage_map,
     token_by_channel,
+    worst_image,
 )
-from blip2nb.display.figures.style import Arrays, Draw, Report, style
+from blip2nb.display.figures.style import Arrays, Draw, Report, rasterise, style
 
 _MODULES: dict[str, ModuleType] = {
     module.__name__.rsplit(".", 1)[1]: module
@@ -39,8 +44,10 @@ _MODULES: dict[str, ModuleType] = {
         stage_by_token,
         token_by_channel,
         signature,
+        inside,
         logits,
         captions,
+        worst_image,
     )
 }
 
@@ -49,6 +56,8 @@ FIGURES: dict[str, Draw] = {name: module.draw for name, module in _MODULES.items
 
 WIDTHS = (3.4, 7.0)
 """Inches: a column and a page of a paper."""
+
+DPI = 200
 
 
 def available(report: Report, arrays: Arrays) -> list[str]:
@@ -102,22 +111,33 @@ def save(
     return written
 
 
+def rasters(report: Report, arrays: Arrays) -> dict[str, Image.Image]:
+    """Name -> RGB image, 7 inches wide at 200 dots an inch, of every figure for which there is data."""
+    return {name: rasterise(FIGURES[name](report, arrays, 7.0), DPI) for name in available(report, arrays)}
+
+
 def save_picture(picture: Figure, path: Path, name: str, alt: str) -> Path:
     """Write one picture, of a kind that its path's ending says, with its name and alt text in it. Returns the path."""
-    write_picture(picture, path, path.suffix[1:], metadata=_metadata(path.suffix[1:], name, alt))
+    if path.suffix == ".png":
+        return save_image(rasterise(picture, DPI), path, name, alt)
+    with style(picture.get_figwidth()):
+        layout = picture.get_layout_engine()
+        if layout is not None:  # once, for all files: matplotlib would draw the whole picture in vain for each of them
+            picture.set_dpi(DPI)
+            FigureCanvasAgg(picture)
+            layout.execute(picture)
+            picture.set_layout_engine(None)
+        picture.savefig(path, dpi=DPI, metadata=_metadata(path.suffix[1:], name, alt))
     return path
 
 
-def write_picture(picture: Figure, target: Path | IO[bytes], kind: str, dpi: int = 200, **options: Any) -> None:
-    """Write one picture to a path or a file. Its layout is settled first and then kept: matplotlib would settle it by
-    drawing the whole picture once more for each file."""
-    with style(picture.get_figwidth()):
-        layout = picture.get_layout_engine()
-        if layout is not None:
-            picture.set_dpi(dpi)
-            layout.execute(picture)
-            picture.set_layout_engine("none")
-        picture.savefig(target, format=kind, dpi=dpi, **options)
+def save_image(image: Image.Image, path: Path, name: str, alt: str) -> Path:
+    """Write one picture that was drawn already as a PNG, with its name and alt text in it. Returns the path."""
+    written = PngInfo()
+    for key, value in _metadata("png", name, alt).items():
+        written.add_text(key, value)
+    image.save(path, "PNG", dpi=(DPI, DPI), pnginfo=written, compress_level=3)
+    return path
 
 
 def export(report: Report, arrays: Arrays, folder: Path) -> list[Path]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip2nb.display.faults import Faults
+
 if TYPE_CHECKING:
     from blip2nb.runs import Run
 
@@ -23,6 +25,9 @@ def describe(run: Run) -> str:
     report = run.report.content
     lines = [f"{report['model_name']}: {report['verdict']} ({VERDICTS[report['verdict']]})", "", report["summary"], ""]
     lines += [f"  {label:<22}{value}" for label, value in numbers(report)]
+    if report.get("faults"):
+        lines += ["", f"What goes wrong, and the likely cause ({len(report['faults'])} in all)"]
+        lines += [f"  {line}" for line in Faults(report).lines()]
     here = run.model.is_dir()
     again = "" if here else ", once it is converted again (the converted model was removed)"
     if report.get("complete_with"):
@@ -106,12 +111,13 @@ def numbers(report: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def verdict_html(report: Mapping[str, Any]) -> str:
-    """The verdict as a notebook shows it: a heading, the sentence, the numbers."""
+    """The verdict as a notebook shows it: a heading, the sentence, the faults, the numbers."""
     colour = {"diverges": "#D55E00", "weights_only": "#666666"}.get(report["verdict"], "#0072B2")
     rows = "".join(
         f"<tr><th align='left'>{html.escape(label)}</th><td align='left'>{html.escape(value)}</td></tr>"
         for label, value in numbers(report)
     )
+    faults = Faults(report)._repr_html_() if report.get("faults") else ""
     completion = ""
     if report.get("complete_with"):
         completion = (
@@ -120,5 +126,5 @@ def verdict_html(report: Mapping[str, Any]) -> str:
     return (
         f"<div style='border-left:4px solid {colour};padding-left:12px'><strong>{html.escape(report['model_name'])}: "
         f"{html.escape(report['verdict'])}</strong> ({VERDICTS[report['verdict']]})"
-        f"<p>{html.escape(report['summary'])}</p><table>{rows}</table>{completion}</div>"
+        f"<p>{html.escape(report['summary'])}</p>{faults}<table>{rows}</table>{completion}</div>"
     )

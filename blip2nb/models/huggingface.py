@@ -25,8 +25,11 @@ class Loaded:
     processor: Blip2Processor
 
 
-def load(folder: Path) -> Loaded:
-    """Load a converted directory with `from_pretrained`: float32 on the CPU, eval mode, the PIL image processor.
+def load(folder: Path, dtype: str = "float32") -> Loaded:
+    """Load a converted directory with `from_pretrained`: on the CPU, in eval mode, with the PIL image processor.
+
+    Args:
+        dtype: "float32", "bfloat16" or "float16"; transformers keeps some parts in float32 whatever it is.
 
     Raises:
         RequestError: the directory lacks a tensor of the model, or holds one too many.
@@ -37,7 +40,7 @@ def load(folder: Path) -> Loaded:
     with _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model, info = Blip2ForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+            folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
         )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):

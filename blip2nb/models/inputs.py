@@ -167,15 +167,15 @@ def choose(variant: Variant, images: Paths = (), wanted_texts: str | Sequence[st
     """What was asked to be shown, looked through before any work starts; None where nothing was: then it is the demo.
 
     Args:
-        images: files and folders. Of a folder all files by name, without hidden ones and without folders in it. One
-            that is no image, or damaged, is skipped with a warning.
+        images: files and folders; "" for none. Of a folder all files by name, without hidden ones and without folders
+            in it. One that is no image, or damaged, is skipped with a warning.
         wanted_texts: with none, each image is shown with the demo's text; with texts and no images, the demo's images.
 
     Raises:
         RequestError: a path is not there, or there is no image to show.
     """
-    places = [images] if isinstance(images, str | Path) else list(images)
-    words = (wanted_texts,) if isinstance(wanted_texts, str) else tuple(wanted_texts)
+    places = ([images] if images else []) if isinstance(images, str | Path) else list(images)
+    words = ((wanted_texts,) if wanted_texts else ()) if isinstance(wanted_texts, str) else tuple(wanted_texts)
     if not places and not words:
         return None
     if not places:

@@ -12,9 +12,12 @@ from blip2nb.errors import RequestError
 from blip2nb.models.files import Opened
 from blip2nb.models.stages import parameter_pairs
 from blip2nb.trace.diagnose import AttributeDifference, Known
+from blip2nb.trace.precision import Weights
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant
+from blip2nb.weights.convert import LOSSY, Manifest
 from blip2nb.weights.hashing import digest, digest_as
+from blip2nb.weights.mapping import Entry, entries
 from blip2nb.weights.sources import open_folder
 
 
@@ -35,6 +38,32 @@ def knowledge(
     """
     held = _Held(variant, tape, folder, opened)
     return Known(held.true, held.same, held.named, differences)
+
+
+def before_the_cast(folder: Path, opened: Callable[[], Opened | None]) -> Weights | None:
+    """The float32 values of parameters that run in half precision: the directory's own, or, where those were cast, the
+    source's; None where that is not at hand."""
+    manifest = Manifest.read(folder)
+    table = entries(manifest.model_variant)
+    home = {source: str(entry.target) for entry in table for source in entry.sources}
+    tied = {str(entry.target): home[entry.of] for entry in table if entry.kind == "Tied" and entry.of in home}
+    if manifest.dtype not in LOSSY:
+        saved = open_folder(folder)
+        own = {name: tied.get(name, name) for name in {*saved, *tied}}
+        return lambda name: saved[own[name]].tensor().float() if name in own else None
+    try:
+        source = opened()
+    except (RequestError, OSError):
+        source = None
+    if source is None:
+        return None
+    made = {str(entry.target): entry for entry in source.plan().written}
+    return lambda name: _made(made[tied.get(name, name)], source) if tied.get(name, name) in made else None
+
+
+def _made(entry: Entry, source: Opened) -> torch.Tensor:
+    """A tensor of transformers' made from LAVIS's again."""
+    return entry.rule.forward(*(source.tensors.tensors[name].tensor() for name in entry.sources)).float()
 
 
 class _Held:
@@ -68,8 +97,8 @@ class _Held:
         entry = self._entries.get(name)
         if entry is None or self._source is None:
             return None
-        made = entry.rule.forward(*(self._source.tensors.tensors[source].tensor() for source in entry.sources))
-        return made.float() if self.same(name, made) else None
+        made = _made(entry, self._source)
+        return made if self.same(name, made) else None
 
     @functools.cached_property
     def _source(self) -> Opened | None:

@@ -16,6 +16,7 @@ from blip2nb.trace.stage import Stage
 from blip2nb.variants import Variant
 
 _BLOCK = {
+    "": "",
     "norm1": "layer_norm1",
     "attn": "self_attn",
     "attn.qkv": "self_attn.qkv",
@@ -109,7 +110,7 @@ def _qformer(variant: Variant) -> Iterator[Stage]:
             f"qformer.encoder.layer.{n}",
             inputs={"hidden_states": ":hidden_states"}
             | ({"encoder_hidden_states": ":encoder_hidden_states"} if crossed else {}),
-            modules=modules | _same(*_FEED_FORWARD),
+            modules=modules | _same("", *_FEED_FORWARD),
         )
     projection = {"opt": "opt_proj", "t5": "t5_proj"}[variant.language.kind]
     yield Stage("projection", projection, "language_projection", inputs={"input": ":input"}, modules=_same(""))
@@ -132,7 +133,7 @@ def _opt(variant: Variant) -> Iterator[Stage]:
             f"{ours}.layers.{n}",
             f"{theirs}.layers.{n}",
             inputs={"hidden_states": ":hidden_states"},
-            modules=_same(*_OPT_LAYER),
+            modules=_same("", *_OPT_LAYER),
         )
     yield Stage(
         "language.final_layer_norm",
@@ -177,7 +178,7 @@ def _t5(variant: Variant) -> Iterator[Stage]:
                 f"{theirs}.block.{n}",
                 inputs=inputs,
                 arrange={"position_bias": _heads_first},
-                modules=_same(*parts, f"layer.{last}", *(f"layer.{last}.{part}" for part in _T5_MLP)),
+                modules=_same("", *parts, f"layer.{last}", *(f"layer.{last}.{part}" for part in _T5_MLP)),
             )
         yield Stage(
             f"language.{stack}.final_layer_norm",

@@ -37,7 +37,8 @@ def pixel_causes(loaded: Loaded, variant: Variant, image: Image, found: torch.Te
     }
     causes = []
     for name in wrong:
-        words = f"the image processor's {name} is {_word(getattr(processor, name, None))}, LAVIS's {_word(wrong[name])}"
+        own = _word(getattr(processor, name, None))
+        words = f"the image processor's {name} is {own}, LAVIS's {_word(wrong[name])}"
         now = processor(images=[image], return_tensors="pt", **wrong)["pixel_values"]
         before, after = distance(found, expected), distance(now, expected)
         change = f"with {', '.join(f'{key} {_word(value)}' for key, value in wrong.items())}"
@@ -49,7 +50,8 @@ def pixel_causes(loaded: Loaded, variant: Variant, image: Image, found: torch.Te
 _PROCESSOR = {
     "image_mean": "image_mean_std", "image_std": "image_mean_std", "do_normalize": "image_mean_std",
     "do_rescale": "image_mean_std", "rescale_factor": "image_mean_std", "resample": "interpolation",
-    "size": "interpolation", "do_resize": "interpolation", "do_center_crop": "interpolation", "do_convert_rgb": "pixels",
+    "size": "interpolation", "do_resize": "interpolation", "do_center_crop": "interpolation",
+    "do_convert_rgb": "pixels",
 }  # fmt: skip
 """What each setting of the image processor is a cause of."""
 
@@ -85,8 +87,12 @@ def token_causes(loaded: Loaded, variant: Variant, inputs: Mapping[str, Any], ta
     tokenizer, placeholder = loaded.processor.tokenizer, loaded.model.config.image_token_id
     causes = []
     for ours, theirs in zip(ids.tolist(), tape[place].tolist(), strict=False):
-        images = [number for number, token in enumerate(ours) if token == placeholder]
-        text = [token for token in ours if token != placeholder]
+        front = next((number for number, token in enumerate(ours) if token != tokenizer.pad_token_id), 0)
+        images = [number - front for number, token in enumerate(ours) if token == placeholder]
+        text = [token for token in ours[front:] if token != placeholder]
+        if front and theirs[0] != tokenizer.pad_token_id:
+            words = f"{front} padding tokens stand in front, where LAVIS has none"
+            causes.append(Cause("padding_side", words, TOKENS, "read off the input ids"))
         if images != list(range(variant.qformer.queries)):
             first = f"at {images[0]}" if images else "nowhere"
             words = f"the image's {len(images)} places begin {first}, LAVIS's {variant.qformer.queries} at 0"
@@ -106,6 +112,8 @@ def _text(ours: list[int], theirs: list[int], tokenizer: Any) -> Cause:
     if bare[0] == bare[1] and len(ours) == len(theirs):
         side = "left" if ours[0] == pad else "right"
         return Cause("padding_side", f"the text is padded on the {side}: {words}", TOKENS, "the same tokens elsewhere")
+    if bare[0] == bare[1]:
+        return Cause("padding_side", f"the text is padded otherwise: {words}", TOKENS, "the tokens but for padding")
     if theirs[1:] == ours and theirs[0] == tokenizer.bos_token_id:
         return Cause(
             "bos_missing", f"the beginning-of-sequence token is missing: {words}", TOKENS, "compared one by one"

@@ -148,12 +148,13 @@ def measure(
     shipped = [Measured.of(first[0], expected)]
     fixed = [None if first[1] is None else Measured.of(first[1], expected)]
     equal = [_pixels_equal(loaded, variant, tape, 0)]
-    for number in range(1, tape.takes):
-        say(f"take {number + 1} of {tape.takes}")
+    count = tape.takes
+    for number in range(1, count):
+        say(f"take {number + 1} of {count}")
         shipped.append(_run(loaded, variant, tape, table, number))
         equal.append(_pixels_equal(loaded, variant, tape, number))
     with repaired(loaded.model, list(differences)):
-        for number in range(1, tape.takes):
+        for number in range(1, count):
             again = differences and shipped[number].faults
             say(f"counter-test of take {number + 1}" if again else f"take {number + 1}")
             fixed.append(_run(loaded, variant, tape, table, number) if again else None)

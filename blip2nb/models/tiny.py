@@ -114,15 +114,15 @@ def twin_tensors(variant: Variant, seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def _value(variant: Variant, name: str, shape: tuple[int, ...], number: int) -> torch.Tensor:
+def _value(variant: Variant, name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """One tensor: noise of a scale that keeps activations sensible, in the dtype the real file has."""
-    seed = f"{variant.name}/{name}" + (f"/{number}" if number else "")
+    origin = f"{variant.name}/{name}" + (f"/{seed}" if seed else "")
     if name.endswith(("norm.weight", "Norm.weight", "norm1.weight", "norm2.weight", "ln_vision.weight")):
-        array = 1 + _noise(seed, shape, 0.1)
+        array = 1 + _noise(origin, shape, 0.1)
     elif name.endswith("bias"):
-        array = _noise(seed, shape, 0.1)
+        array = _noise(origin, shape, 0.1)
     else:
-        array = _noise(seed, shape, _spread(name, shape))
+        array = _noise(origin, shape, _spread(name, shape))
     if name == _HEADS[variant.language.kind]:
         array *= _loudness(variant)[:, None]
     half = name.startswith("opt_model.") or (name.startswith("visual_encoder.") and not variant.vision_in_checkpoint)

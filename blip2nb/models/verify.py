@@ -16,7 +16,7 @@ import torch
 
 from blip2nb.errors import RequestError
 from blip2nb.models import evidence, huggingface, symptoms, takes
-from blip2nb.models.knowledge import knowledge
+from blip2nb.models.knowledge import before_the_cast, knowledge
 from blip2nb.models.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
 from blip2nb.report import Report
 from blip2nb.trace.comparison import Comparison, compare, faulty
@@ -62,6 +62,7 @@ def verify(
     completion: str = "",
     progress: Progress | None = None,
     source: Callable[[], Opened | None] = lambda: None,
+    dtype: str = "",
 ) -> Report:
     """Prove a converted directory.
 
@@ -71,6 +72,7 @@ def verify(
         completion: the commands that add the second proof, for a report that has only the first.
         progress: called with a word at each step.
         source: opens what it was converted from, or gives None; asked when a weight is wrong, for the right one.
+        dtype: what to run it in, "float32", "bfloat16" or "float16"; float32 unless the weights were cast.
 
     Raises:
         RequestError: the directory is not one of ours, or does not load.
@@ -84,6 +86,7 @@ def verify(
         "format": 1,
         "model_name": model.name,
         "random_weights": model.twin,
+        "computed_in": dtype or (manifest.dtype if manifest.dtype in LOSSY else "float32"),
         "proof": "weights" if tape is None else "both",
         "weights": prove_weights(folder, manifest, model, tape),
         "pixel_values": None,
@@ -93,6 +96,7 @@ def verify(
         "faults": [],
         "first_divergence": None,
         "captions": None,
+        "images": None,
         "versions": {"converted with": dict(manifest.versions), "checked with": versions()},
         "provenance": _provenance(folder, manifest, tape),
     }
@@ -221,41 +225,74 @@ def _prove_behaviour(
     say: Progress,
 ) -> None:
     say("loading")
-    loaded = huggingface.load(folder)
+    loaded = huggingface.load(folder, content["computed_in"])
     images = tape_images(tape)
     inputs = huggingface.forward_inputs(loaded, model, images[0], tape.metadata["texts"])
     content["pixel_values"], shown = evidence.pixels(folder, tape, inputs["pixel_values"], images[0])
+    arrays |= shown
     say("stages")
     seen = _behaviour(folder, loaded, model, tape, inputs, source, say)
-    table, shipped, fixed = seen.table, seen.shipped, seen.fixed
-    say("captions")
-    captions = _captions(loaded, tape, images)
-    captions_fixed = None
-    if seen.known:
-        with repaired(loaded.model, [difference for _, difference in seen.known]):
-            captions_fixed = captions if captions["equal"] else _captions(loaded, tape, images)
-    expected = tape[table[-1].reference]
-    content["threshold"] = shipped.threshold
-    content["stages"] = [_stage(stage, number, shipped, fixed) for number, stage in enumerate(table)]
-    content["logits"] = compare_logits(shipped.outputs["logits"], expected)
-    if fixed is not None:
-        content["logits"]["fixed"] = compare_logits(fixed.outputs["logits"], expected)
-    content["captions"] = captions | {"equal_when_fixed": captions_fixed["equal"] if captions_fixed else None}
-    content["known_differences"] = [_known(one, found, shipped, fixed) for one, found in seen.known]
-    content["known_differences"] += _beam_search(tape, captions)
-    content["attribute_differences"] = [str(one) for one in seen.unknown]
+    _tell_stages(seen, content)
     faults = [*seen.findings, *_of_weights(folder, model, tape, source, content["weights"], seen.findings)]
-    faults.sort(key=lambda finding: _place_of(finding, table))
+    faults.sort(key=lambda finding: _place_of(finding, seen.table))
     content["faults"] = [finding.report() for finding in faults]
+    if seen.shipped.stopped:
+        content["first_divergence"] = _first_divergence(faults, content)
+        return  # it has no logits and says nothing
+    differences = [difference for _, difference in seen.known]
+    measured = takes.measure(loaded, model, tape, seen.table, differences, (seen.shipped, seen.fixed), say)
+    say("captions")
+    captions = _captions(loaded, tape, images, takes.errors(measured, tape))
+    content["captions"] = captions | {"equal_when_fixed": None}
+    if seen.known:
+        with repaired(loaded.model, differences):
+            errors = takes.errors(measured, tape, fixed=True)
+            fixed = captions if captions["equal"] else _captions(loaded, tape, images, errors)
+            content["captions"]["equal_when_fixed"] = fixed["equal"]
+    content["known_differences"] += _beam_search(tape, captions)
     content["first_divergence"] = _first_divergence(faults, content)
-    content["fusion"], biases = evidence.fusion(loaded.model, tape)
+    if "takes" in tape.metadata:
+        content["images"], of_images = takes.summary(loaded, model, tape, measured, captions)
+        arrays |= of_images
+    _gather_evidence(loaded, model, tape, inputs, seen, content, arrays)
+
+
+def _tell_stages(seen: _Behaviour, content: dict[str, Any]) -> None:
+    """What was measured at each stage, and in which settings the modules differ."""
+    shipped, fixed = seen.shipped, seen.fixed
+    content["threshold"] = shipped.threshold
+    content["stages"] = [_stage(stage, number, shipped, fixed) for number, stage in enumerate(seen.table)]
+    content["known_differences"] = [_known(one, found, shipped, fixed) for one, found in seen.known if fixed]
+    content["attribute_differences"] = [str(one) for one in seen.unknown]
+
+
+def _gather_evidence(
+    loaded: huggingface.Loaded,
+    model: Variant,
+    tape: Tape,
+    inputs: Mapping[str, Any],
+    seen: _Behaviour,
+    content: dict[str, Any],
+    arrays: dict[str, np.ndarray],
+) -> None:
+    """The logits, and what the figures need."""
+    outputs = {name: one.float() if one.is_floating_point() else one for name, one in seen.shipped.outputs.items()}
+    expected = tape[seen.table[-1].reference]
+    content["logits"] = compare_logits(outputs["logits"], expected)
+    if seen.fixed is not None:
+        content["logits"]["fixed"] = compare_logits(seen.fixed.outputs["logits"], expected)
     content["sequences"] = evidence.sequences(loaded, model, tape, inputs)
-    content["examined"], looked_at = evidence.examined(shipped, table, tape, model, content["first_divergence"])
-    said = evidence.logits(shipped.outputs["logits"], expected)
+    content["examined"], looked_at = evidence.examined(
+        seen.shipped, seen.table, tape, model, content["first_divergence"]
+    )
+    said = evidence.logits(outputs["logits"], expected)
     likeliest = said["logits/top_ids"][-1, :10].tolist() if said else []
     content["top_tokens"] = [loaded.processor.tokenizer.decode([token]) for token in likeliest]
-    arrays |= shown | biases | looked_at | said | evidence.token_errors(shipped)
-    arrays |= evidence.activations(table, shipped.outputs, tape)
+    arrays |= looked_at | said | evidence.token_errors(seen.shipped)
+    arrays |= evidence.activations(seen.table, outputs, tape)
+    if content["computed_in"] == "float32":
+        content["fusion"], biases = evidence.fusion(loaded.model, tape)
+        arrays |= biases
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -291,7 +328,8 @@ def _behaviour(
     exact = loaded.model.dtype == torch.float32
     of_lavis = knowledge(model, tape, folder, source, unknown) if exact else Known(differences=unknown)
     with repaired(loaded.model, [difference for _, difference in known]):
-        found = compare(tape, loaded.model, table, inputs, known=of_lavis, progress=say)
+        before = None if exact else before_the_cast(folder, source)
+        found = compare(tape, loaded.model, table, inputs, known=of_lavis, weights=before, progress=say)
     shipped = _as_shipped(found, loaded, table, tape, inputs, known) if known and not found.stopped else found
     findings = _of_inputs(list(found.findings), loaded, model, tape, inputs)
     return _Behaviour(table, shipped, found if known else None, known, unknown, findings)
@@ -315,7 +353,9 @@ def _as_shipped(
     results = []
     for stage, one in zip(table, fixed.stages, strict=True):
         drift = distance(outputs[stage.candidate], tape[stage.reference]) if stage.candidate in outputs else None
-        results.append(dataclasses.replace(measured.get(stage.name, one), drift=drift))
+        # what arrives there was not fed LAVIS's values on the way this time
+        measurement = measured.get(stage.name, one)
+        results.append(dataclasses.replace(measurement, drift=drift, arrival_error=one.arrival_error))
     by_name = {stage.name: outputs[stage.candidate] for stage in table if stage.candidate in outputs}
     return Comparison(
         tuple(results),
@@ -529,8 +569,6 @@ def _first_divergence(faults: Sequence[Finding], content: Mapping[str, Any]) -> 
     if faults:
         first = faults[0]
         cause = str(first.causes[0]) if first.causes else ""
-        if content["weights"]["dtype"] in LOSSY:
-            cause = f"the weights were cast to {content['weights']['dtype']}"
         return {
             "stage": first.stage,
             "module": first.module,
@@ -586,15 +624,24 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
         return _answer("diverges", _causes_of(content), _first_words(content))
     if not content["pixel_values"]["equal"]:
         return _answer("diverges", [], "The pixel values differ from LAVIS's: look at the image processor first.")
+    images = content.get("images")
+    if images and images["problem"]:
+        return _answer("diverges", causes, images["problem"])
+    half = content["computed_in"] != "float32"
+    if half:
+        sentence = f"Every layer agrees with LAVIS's float32 to the rounding of {content['computed_in']}"
+        same = "the captions are the same" if captions["equal"] else "some captions differ, as rounding alone can do"
+        return _answer("explained" if faults else "match", causes, f"{sentence}; {same}.")
     if not captions["equal"] and captions["equal_when_fixed"] is not True:
         return _answer(
             "diverges", causes, "Every layer agrees, but the captions do not: look at generation's settings."
         )
-    if not faults and captions["equal"]:
+    if not faults and captions["equal"] and not (images and images["explained"]):
         return _answer(
             "match", [], "The same model: every layer agrees with LAVIS to rounding, and so do the captions."
         )
-    safe = captions["equal"] and content["logits"]["top1_agreement"] == 1.0
+    agreements = [content["logits"], *(images["each"] if images else [])]
+    safe = captions["equal"] and all(one["top1_agreement"] == 1.0 for one in agreements)
     effect = (
         f"It changes the logits by {content['logits']['relative']:.1e} of their size "
         f"({content['logits']['fixed']['relative']:.1e} without it)"

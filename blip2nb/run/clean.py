@@ -28,7 +28,7 @@ MODELS, UNFINISHED, TWINS, DOWNLOADS = "models", "unfinished", "twins", "downloa
 _LAVIS, _HUGGING_FACE = "lavis", "huggingface"
 _TAKEN = (MODELS, UNFINISHED, TWINS, DOWNLOADS, _LAVIS, _HUGGING_FACE)  # a run may be called so too
 
-_TAPE = "tape.safetensors"
+_TAPES = ("tape.safetensors", "tape-images.safetensors")
 _REST = (
     "report.json",
     "arrays.safetensors",
@@ -212,7 +212,7 @@ def _run(folder: Path, name: str, outputs: Path) -> Iterator[Item]:
 
 def _is_run(folder: Path) -> bool:
     marks = (f"model/{MANIFEST}", "report.json", "run.json")
-    return any((folder / mark).is_file() for mark in marks) or _is_tape(folder / _TAPE)
+    return any((folder / mark).is_file() for mark in marks) or any(_is_tape(folder / tape) for tape in _TAPES)
 
 
 def _is_tape(path: Path) -> bool:
@@ -226,13 +226,14 @@ def _is_tape(path: Path) -> bool:
 
 
 def _parts(folder: Path, name: str, outputs: Path) -> Iterator[Item]:
-    model, tape = folder / "model", folder / _TAPE
+    model = folder / "model"
+    tapes = [folder / tape for tape in _TAPES if (folder / tape).exists()]
     rest = [folder / one for one in _REST if (folder / one).exists()]
-    known = [model, tape, *rest]
+    known = [model, *tapes, *rest]
     if model.exists() or model.is_symlink():
         yield _model(model, f"{name}/model", outputs)
-    if tape.exists():
-        yield _item(f"{name}/tape", "", "reference recording", [tape], outputs)
+    if tapes:
+        yield _item(f"{name}/tape", "", "reference recording", tapes, outputs)
     if rest:
         yield _item(f"{name}/rest", "", "report and figures", rest, outputs)
     other = _left_over(folder, [*known, *(path for path in folder.iterdir() if _HIDDEN.fullmatch(path.name))])
@@ -255,7 +256,7 @@ def _model(folder: Path, name: str, root: Path) -> Item:
 def _is_partial(path: Path) -> bool:
     """Whether a file in a run's folder is one of the kit's on its way, left by something that was killed."""
     whole = path.name.removesuffix(".partial")
-    return whole != path.name and (whole in (_TAPE, *_REST) or (whole.startswith(".") and whole.endswith(".pth")))
+    return whole != path.name and (whole in (*_TAPES, *_REST) or (whole.startswith(".") and whole.endswith(".pth")))
 
 
 def _unfinished(folder: Path, prefix: str, root: Path) -> Iterator[Item]:

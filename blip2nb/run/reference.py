@@ -40,8 +40,7 @@ def find_tape(run: Run, manifest: Manifest, chosen: Chosen | None = None) -> Tap
         chosen: the images and texts, where they are not the demo's.
     """
     model = manifest.model_variant
-    asked = demo_hash(model) if chosen is None else chosen.inputs_hash(model)
-    wanted = {"source_hash": manifest.weights_hash, "inputs_hash": asked}
+    wanted = {"source_hash": manifest.weights_hash, "inputs_hash": _hash_of(model, chosen)}
     for path in (run.tape_path, shipped_tape(model)) if chosen is None else (images_tape(run),):
         if path.is_file():
             tape = open_tape(path)
@@ -50,6 +49,10 @@ def find_tape(run: Run, manifest: Manifest, chosen: Chosen | None = None) -> Tap
                 log.info("comparing with the recording %s", path.name)
                 return tape
     return None
+
+
+def _hash_of(model: Variant, chosen: Chosen | None) -> str:
+    return demo_hash(model) if chosen is None else chosen.inputs_hash(model)
 
 
 def given_tape(path: Path, manifest: Manifest, chosen: Chosen | None = None) -> Tape:
@@ -127,20 +130,26 @@ def require_lavis(lavis_python: str | Path, model: Variant) -> kernels.Lavis:
     return lavis
 
 
-def report_holds(run: Run, lavis_python: str | Path = "") -> bool:
-    """Whether the run's report is of its model as it stands, by these versions, and as complete as it can be here."""
+def report_holds(run: Run, lavis_python: str | Path = "", chosen: Chosen | None = None) -> bool:
+    """Whether the run's report is of its model as it stands, by these versions, on the demo's inputs or those that were
+    chosen, and as complete as it can be here."""
     from blip2nb.models.verify import state, versions
 
     if not (run.folder / "report.json").is_file():
         return False
     report, manifest = run.report.content, Manifest.read(run.model)
-    same = (report.get("provenance") or {}).get("state") == state(run.model)
+    provenance = report.get("provenance") or {}
+    same = provenance.get("state") == state(run.model)
+    shown = (provenance.get("reference") or {}).get("inputs_hash")
+    if shown is not None and shown != _hash_of(manifest.model_variant, chosen):
+        log.info("the report of %s is of other images or texts", run.folder.name)
+        return False
     if not same or report["versions"].get("checked with") != versions():
         return False
     return (
         report["proof"] == "both"
         or not can_compare("auto", manifest)
-        or (find_tape(run, manifest) is None and kernels.find_lavis(lavis_python) is None)
+        or (find_tape(run, manifest, chosen) is None and kernels.find_lavis(lavis_python) is None)
     )
 
 

@@ -45,7 +45,8 @@ def explain(
         return Cause("unknown", f"nothing but zeros arrives as {name}", module, "all values are zero")
     factor = proportion(found, expected, within=1e-5)
     if factor is not None:
-        return Cause("embedding_scale", f"{name} is {factor:.6g} × what it should be", module, "they are proportional",
+        id = "logits_scale" if "head" in module.rpartition(".")[2] else "embedding_scale"
+        return Cause(id, f"{name} is {factor:.6g} × what it should be", module, "they are proportional",
                      _undone(f"divided by {factor:.6g}", found / factor, found, expected))  # fmt: skip
     for other, value in others.items():
         if value.shape == found.shape and torch.equal(value.to(found.dtype), found):
@@ -53,6 +54,11 @@ def explain(
                 "unknown", f"what arrives as {name} is the reference's value at {other}", module, "bit for bit"
             )
     rows = [one.reshape(-1, one.shape[-1]) for one in (found, expected)]
+    some = (rows[0] != rows[1]).any(-1)
+    part = proportion(rows[0][some], rows[1][some], within=1e-5)
+    if part is not None:
+        words = f"{int(some.sum())} of {len(some)} positions of {name} are {part:.6g} × what they should be"
+        return Cause("embedding_scale", words, module, "they are proportional")
     order = row_order(*rows)
     if order is not None:
         return _rows(module, name, order, rows)
@@ -91,20 +97,19 @@ def image(module: str, found: torch.Tensor, expected: torch.Tensor) -> Cause:
             words = f"the colour channels stand in the order {list(order)}"
             return Cause("channel_order", words, module, "with the order undone the pixels are equal",
                          _undone("with the order undone", found[:, list(order)], found, expected))  # fmt: skip
-    fits, remade = [], torch.empty_like(a)
-    for channel in range(3):
-        x, y = b[:, channel].flatten(), a[:, channel].flatten()
-        spread = x.var(unbiased=False).clamp_min(1e-300)
-        slope = ((x - x.mean()) * (y - y.mean())).mean() / spread
-        offset = y.mean() - slope * x.mean()
-        fits.append((slope.item(), offset.item()))
-        remade[:, channel] = (a[:, channel] - offset) / (slope if slope else 1.0)
+    fits, remade = _affine(a, b)
     left = distance(remade, b)
     same = all(math.isclose(slope, 1, rel_tol=1e-4) and abs(offset) < 1e-4 for slope, offset in fits)
     if left < 1e-4 and not same:
         words = ", ".join(f"{slope:.4g} × + {offset:.4g}" for slope, offset in fits)
         return Cause("image_mean_std", f"each channel is the right one with a factor and an offset: {words}", module,
                      "by least squares", _undone("with factor and offset undone", remade, found, expected))  # fmt: skip
+    for order in itertools.permutations(range(3)):  # exchanged before each channel got its mean and deviation
+        back, undone = a[:, list(order)], _affine(a[:, list(order)], b)[1]
+        if list(order) != [0, 1, 2] and distance(undone, b) < 1e-4:
+            words = f"the colour channels stand in the order {list(order)}"
+            return Cause("channel_order", words, module, "exchanged before mean and deviation were taken off",
+                         _undone("with the order undone", undone, back, expected))  # fmt: skip
     for words, dims in (("mirrored", (3,)), ("upside down", (2,)), ("turned by 180°", (2, 3))):
         if distance(a.flip(dims), b) < 1e-6:
             return Cause("pixels", f"the image is {words}", module, "undone, the pixels are equal")
@@ -115,6 +120,19 @@ def image(module: str, found: torch.Tensor, expected: torch.Tensor) -> Cause:
     return Cause(
         "pixels", f"another image, or one prepared quite differently (cosine {related:.2f})", module, "compared"
     )
+
+
+def _affine(found: torch.Tensor, expected: torch.Tensor) -> tuple[list[tuple[float, float]], torch.Tensor]:
+    """The factor and offset of each channel that come nearest, and what was found with them undone."""
+    fits, remade = [], torch.empty_like(found)
+    for channel in range(3):
+        x, y = expected[:, channel].flatten(), found[:, channel].flatten()
+        spread = x.var(unbiased=False).clamp_min(1e-300)
+        slope = ((x - x.mean()) * (y - y.mean())).mean() / spread
+        offset = y.mean() - slope * x.mean()
+        fits.append((slope.item(), offset.item()))
+        remade[:, channel] = (found[:, channel] - offset) / (slope if slope else 1.0)
+    return fits, remade
 
 
 def _undone(change: str, remade: torch.Tensor, found: torch.Tensor, expected: torch.Tensor) -> CounterTest:

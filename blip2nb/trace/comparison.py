@@ -21,11 +21,11 @@ from typing import Any, TypeAlias
 import torch
 
 from blip2nb.trace import arrivals
-from blip2nb.trace.causes import Cause
-from blip2nb.trace.diagnose import SETTINGS, Finding, Known, diagnose
+from blip2nb.trace.causes import Cause, CounterTest
+from blip2nb.trace.diagnose import SETTINGS, Finding, Known, arriving_weights, diagnose, ranked, still
 from blip2nb.trace.inside import Suspect, parameters_of, part_of
-from blip2nb.trace.metrics import THRESHOLD, THRESHOLDS, distance, exceeds, judge
-from blip2nb.trace.precision import in_float64
+from blip2nb.trace.metrics import THRESHOLD, distance, exceeds, judge, unit
+from blip2nb.trace.precision import Weights, in_float64
 from blip2nb.trace.stage import Stage, places, places_inside
 from blip2nb.trace.tape import Tape, first_tensor, recording, split_place, with_first
 
@@ -41,7 +41,8 @@ class StageResult:
 
     Attributes:
         arrival_error: the largest distance of its inputs, as they arrived, to the reference's; of whole numbers and
-            masks, the share that differs. None for a stage without recorded inputs.
+            masks, the share that differs. None for a stage without recorded inputs. In half precision, what a cast alone
+            can do counts as 0.
         drift: distance of its output in an undisturbed run.
         local_error: distance of its output when fed the reference's inputs. None at a junction.
         rounding: distance of the candidate's output to the same stage in float64, on those inputs.
@@ -102,9 +103,14 @@ class Comparison:
         return {
             "threshold": self.threshold,
             "stages": [dataclasses.asdict(stage) for stage in self.stages],
-            "first_divergence": None if first is None else {**dataclasses.asdict(first), "stage": first.name},
+            "first_divergence": None if first is None else self._first(first),
             "faults": [finding.report() for finding in self.findings],
         }
+
+    def _first(self, stage: StageResult) -> dict[str, Any]:
+        found = next((one for one in self.findings if one.stage == stage.name), None)
+        cause = {} if found is None else {"module": found.module, "part": found.part, "cause": str(found.causes[0])}
+        return {**dataclasses.asdict(stage), "stage": stage.name, **cause}
 
     def _repr_html_(self) -> str:
         words = ("stage", "arrival error", "error alone", "÷ its own rounding", "drift", "")
@@ -139,6 +145,7 @@ def compare(
     *,
     reference_inputs: Inputs | None = None,
     known: Known | None = None,
+    weights: Weights | None = None,
     explain: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Comparison:
@@ -153,6 +160,8 @@ def compare(
         inputs: what to call the candidate with: keyword arguments, positional ones, or one tensor.
         reference_inputs: what to call the reference with, where that differs. Unused with a tape.
         known: what is known of the reference's weights and settings; of a live module everything is.
+        weights: of a candidate that runs in half precision, its parameters from before the cast, by name: they make the
+            judgement a hundred times sharper.
         explain: whether to look into the stages that are at fault.
         progress: called with each stage's name as it is measured.
 
@@ -165,10 +174,13 @@ def compare(
             raise ValueError("The models should be in eval mode, found one in training mode. Call .eval() on it.")
     for stage in stages:
         _check_places(candidate, stage, [stage.candidate, *(f"{stage.module}:{name}" for name in stage.inputs)])
+        _check_places(candidate, stage, [f"{stage.module}.{path}" for path in stage.parts])
     recorded = record(reference, stages, inputs if reference_inputs is None else reference_inputs)
-    forcing = _Forcing(candidate, stages, recorded, progress)
+    forcing = _Forcing(candidate, stages, recorded, progress, weights)
     with torch.no_grad():
-        with recording(candidate, [stage.candidate for stage in stages]) as outputs, forcing.surviving(explain):
+        tables = [path for path, one in candidate.named_modules() if isinstance(one, torch.nn.Embedding)]
+        wanted = [*(stage.candidate for stage in stages), *(tables if explain else [])]
+        with recording(candidate, wanted) as outputs, forcing.surviving(explain):
             call(candidate, inputs)
         with forcing.hooks(), forcing.surviving(explain):
             call(candidate, inputs)
@@ -183,45 +195,53 @@ def compare(
     if explain:
         if known is None and isinstance(reference, torch.nn.Module):
             known = Known.of(reference, candidate, stages)
-        findings = _findings(candidate, stages, results, forcing, known or Known())
+        run = _Run(candidate, inputs, outputs, tables)
+        findings = _findings(run, stages, results, forcing, known or Known())
     by_name = {stage.name: outputs[stage.candidate] for stage in stages if stage.candidate in outputs}
     return Comparison(
         tuple(results),
         by_name,
         forcing.local_outputs,
         forcing.token_errors,
-        THRESHOLDS[_dtype_of(candidate)],
+        THRESHOLD,
         tuple(findings),
         "" if forcing.stopped is None else repr(forcing.stopped),
     )
 
 
-def _dtype_of(model: torch.nn.Module) -> torch.dtype:
-    """What a model computes in: most of its parameters' dtype."""
-    sizes: Counter[torch.dtype] = Counter()
-    for one in model.parameters():
-        sizes[one.dtype] += one.numel()
-    return max((one for one in sizes if one.is_floating_point), key=sizes.__getitem__, default=torch.float32)
-
-
 _NEVER_CALLED: dict[str, Any] = {"local_error": math.inf, "rounding": math.nan, "excess": math.inf, "bit_equal": False}
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Run:
+    """The candidate as it ran undisturbed.
+
+    Attributes:
+        outputs: by place; of the stages and of the tables.
+        tables: the paths of its embeddings.
+    """
+
+    candidate: torch.nn.Module
+    inputs: Inputs
+    outputs: Mapping[str, torch.Tensor]
+    tables: Sequence[str]
+
+
 def _findings(
-    candidate: torch.nn.Module, stages: Sequence[Stage], results: Sequence[StageResult], forcing: _Forcing, known: Known
+    run: _Run, stages: Sequence[Stage], results: Sequence[StageResult], forcing: _Forcing, known: Known
 ) -> list[Finding]:
     """Each fault with its module and causes. A module that is never called is the fault of the one that holds it."""
     found: list[Finding] = []
     tried: Counter[str] = Counter()
     for stage, result in zip(stages, results, strict=True):
         if exceeds(result.arrival_error, ARRIVAL_TOLERANCE):
-            found.append(_arrival(stage, result, forcing))
+            found.append(_arrival(stage, stages, result, forcing, run, known))
         if stage.name in forcing.suspects:
-            found += diagnose(forcing.suspects[stage.name], known, candidate, tried)
+            found += diagnose(forcing.suspects[stage.name], known, run.candidate, tried)
         elif forcing.stopped is not None and stage.name == forcing.at and stage.name not in forcing.local:
             found.append(_stopped(stage, result, forcing.stopped, known))
         elif not (stage.is_junction or forcing.stopped or stage.name in forcing.local):
-            found.append(_never_called(stage, candidate, known))
+            found.append(_never_called(stage, run.candidate, known))
     return _without_its_effects(found, {stage.name: stage for stage in stages})
 
 
@@ -252,11 +272,55 @@ def _stopped(stage: Stage, result: StageResult, error: Exception, known: Known) 
     return Finding(stage.name, stage.module, "stage", result.arrival_error, math.inf, None, math.inf, (), tuple(causes))
 
 
-def _arrival(stage: Stage, result: StageResult, forcing: _Forcing) -> Finding:
+def _arrival(
+    stage: Stage, stages: Sequence[Stage], result: StageResult, forcing: _Forcing, run: _Run, known: Known
+) -> Finding:
     name, arrived, expected = forcing.arrived[stage.name]
-    others = {place: forcing.recorded[place] for place in forcing.outputs_of_reference()}
-    cause = arrivals.explain(stage.module, name, arrived, expected, others)
-    return Finding(stage.name, stage.module, "input", result.arrival_error, None, None, None, (), (cause,))
+    module, part = stage.module, "input"
+    weights = arriving_weights(arrived, expected, run.candidate, known)
+    random = None if weights else _random_on_the_way(stage, stages, result, forcing, run)
+    if weights:  # not what happens on the way, but where it begins
+        module, part, causes = weights[0].module.rpartition(".")[0], "embedding", ranked(weights)
+    elif random is not None:
+        module, causes = random.module, [random]
+    else:
+        table = next((path for path in run.tables if _comes_from(run.outputs.get(path), arrived, expected)), None)
+        module, part = (table, "embedding") if table else (module, part)
+        others = {place: forcing.recorded[place] for place in forcing.outputs_of_reference()}
+        causes = [arrivals.explain(module, name, arrived, expected, others)]
+    return Finding(stage.name, module, part, result.arrival_error, None, None, None, (), tuple(causes))
+
+
+def _comes_from(output: torch.Tensor | None, arrived: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether the rows that arrive wrong are rows that a table gave out."""
+    if output is None or arrived.dim() != 3 or output.dim() != 3 or arrived.shape[-1] != output.shape[-1]:
+        return False
+    rows = arrived.reshape(-1, arrived.shape[-1])
+    if arrived.shape == expected.shape:
+        rows = rows[(rows != expected.reshape(rows.shape)).any(-1)]
+    table = output.reshape(-1, output.shape[-1])
+    return len(rows) > 0 and all(bool((table == row).all(-1).any()) for row in rows[:8])
+
+
+def _random_on_the_way(
+    stage: Stage, stages: Sequence[Stage], result: StageResult, forcing: _Forcing, run: _Run
+) -> Cause | None:
+    """Whether something between the stages that is in training mode makes what arrives another each time."""
+    live = [path for path, one in run.candidate.named_modules() if one.training]
+    inside = [path for path in live if any(path.startswith(f"{one.module}.") for one in stages if not one.is_junction)]
+    between = [path for path in live if path not in inside]
+    if not between:
+        return None
+    calm = _Forcing(run.candidate, stages, forcing.recorded, measure=False)
+    with torch.no_grad(), still(run.candidate), calm.hooks():
+        call(run.candidate, run.inputs)
+    before, after = result.arrival_error or 0.0, calm.arrival.get(stage.name, 0.0)
+    passed = not exceeds(after, ARRIVAL_TOLERANCE)
+    test = CounterTest(
+        "with every module in eval mode", (before, after), (math.inf, 1.0 if passed else math.inf), passed
+    )
+    words = f"{', '.join(between[:3])} is in training mode" + (" and more" if len(between) > 3 else "")
+    return Cause("dropout", words, between[-1], "read off the modules", test) if passed else None
 
 
 def _never_called(stage: Stage, candidate: torch.nn.Module, known: Known) -> Finding:
@@ -305,9 +369,8 @@ def record(
     """
     if isinstance(reference, torch.nn.Module):
         for stage in stages:
-            _check_places(reference, stage, places([stage]))
-        inside = [place for place in places_inside(stages) if _exists(reference, split_place(place)[0])]
-        with torch.no_grad(), recording(reference, places(stages), inside) as recorded:
+            _check_places(reference, stage, [*places([stage]), *stage.parts.values()])
+        with torch.no_grad(), recording(reference, places(stages), places_inside(stages)) as recorded:
             call(reference, inputs)
     else:
         recorded = reference
@@ -317,12 +380,12 @@ def record(
     return recorded
 
 
-def _exists(model: torch.nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+_CAST = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+"""Twice the rounding unit: what an addition between the stages can be off in half precision, and counts as nothing."""
+
+
+class TableError(ValueError):
+    """A line of the table of stages does not fit the models: not a fault of theirs."""
 
 
 class _Forcing:
@@ -335,6 +398,7 @@ class _Forcing:
         local: stage -> what was measured of its output.
         suspects: stage -> what is needed to look into it, where it is at fault.
         stopped: what ended the pass, if something did.
+        measure: whether the stages' outputs are judged, or only what arrives.
     """
 
     def __init__(
@@ -342,9 +406,13 @@ class _Forcing:
         candidate: torch.nn.Module,
         stages: Sequence[Stage],
         recorded: Tape | Mapping[str, torch.Tensor],
-        progress: Callable[[str], None] | None,
+        progress: Callable[[str], None] | None = None,
+        weights: Weights | None = None,
+        measure: bool = True,
     ):
         self.candidate, self.stages, self.recorded, self.progress = candidate, stages, recorded, progress
+        self.weights, self.measure = weights, measure
+        self.cast = max((_CAST.get(one.dtype, 0.0) for one in candidate.parameters()), default=0.0)
         self.at = ""
         self.arrival: dict[str, float] = {}
         self.arrived: dict[str, tuple[str, torch.Tensor, torch.Tensor]] = {}
@@ -353,6 +421,7 @@ class _Forcing:
         self.token_errors: dict[str, torch.Tensor] = {}
         self.suspects: dict[str, Suspect] = {}
         self.stopped: Exception | None = None
+        self._fed: dict[str, dict[str, torch.Tensor]] = {}  # stage -> its inputs as they were recorded
         self._seen: set[str] = set()
         self._seen_by_referee: set[str] | None = None  # a set while the referee runs
 
@@ -361,6 +430,8 @@ class _Forcing:
         """Keep what ends a pass as something to be explained."""
         try:
             yield
+        except TableError:
+            raise
         except Exception as error:
             if not explain:
                 error.add_note(f"Raised at the stage {self.at}, which was fed the reference's inputs.")
@@ -399,7 +470,10 @@ class _Forcing:
             self.at = stage.name
             given, named = list(args), dict(kwargs)
             for name, place in wanted.items():
-                at = order.index(name)
+                if name not in order and name not in named:
+                    names = ", ".join([*order, *named])
+                    raise TableError(f"{stage.name}: {stage.module} is called with {names}, not with {name!r}.")
+                at = order.index(name) if name in order else len(order)
                 by_position = name not in named and at < len(given)
                 arrived = given[at] if by_position else named.get(name)
                 value = self.recorded[place]
@@ -408,6 +482,7 @@ class _Forcing:
                 if isinstance(arrived, torch.Tensor):
                     if self._seen_by_referee is None:
                         self._arrives(stage, name, arrived, value)
+                        self._fed.setdefault(stage.name, {})[name] = value
                     value = value.to(arrived.device, arrived.dtype)
                 if by_position:
                     given[at] = value
@@ -418,7 +493,9 @@ class _Forcing:
         return hook
 
     def _arrives(self, stage: Stage, name: str, arrived: torch.Tensor, expected: torch.Tensor) -> None:
-        error = distance(arrived, expected.to(arrived.dtype))  # where it runs in half precision so does what is fed
+        error = distance(arrived, expected.to(arrived.dtype))  # what runs in half precision is fed that
+        if error <= self.cast:
+            error = 0.0
         before = self.arrival.get(stage.name, 0.0)
         if exceeds(error, max(before, ARRIVAL_TOLERANCE)):
             self.arrived[stage.name] = (name, arrived.detach().clone(), expected)
@@ -433,7 +510,7 @@ class _Forcing:
                 return None
             seen.add(stage.name)
             expected = self.recorded[stage.reference]
-            if self._seen_by_referee is None:
+            if self._seen_by_referee is None and self.measure:
                 self._measure(stage, module, args, kwargs, first_tensor(output), expected)
                 if self.progress is not None:
                     self.progress(stage.name)
@@ -454,12 +531,14 @@ class _Forcing:
         if found.shape != expected.shape:
             self.local[stage.name] = _NEVER_CALLED
         else:
-            self.local[stage.name] = judge(found, expected, self._referee(stage, module, args, kwargs))
-        threshold, excess = THRESHOLDS[found.dtype], self.local[stage.name]["excess"]
-        if exceeds(excess, threshold) or self._not_repeatable(stage, module, args, kwargs, found):
+            exact = self._referee(stage, module, args, kwargs)
+            self.local[stage.name] = judge(found, expected, exact, self._unit(found))
+        excess = self.local[stage.name]["excess"]
+        if exceeds(excess, THRESHOLD) or self._not_repeatable(stage, module, args, kwargs, found):
             self.suspects[stage.name] = Suspect(
-                stage.name, stage.module, module, args, dict(kwargs), expected, stage.parts, self.recorded, threshold
-            )
+                stage.name, stage.module, module, args, dict(kwargs), expected, stage.parts, self.recorded,
+                lambda: self._referee(stage, module, args, kwargs), self._unit(found),
+            )  # fmt: skip
         if expected.dim() == 3 and found.shape == expected.shape:
             error = (found.cpu().double() - expected.double()).norm(dim=-1)
             self.token_errors[stage.name] = (error / expected.double().norm(dim=-1).clamp_min(1e-300)).float()
@@ -479,10 +558,24 @@ class _Forcing:
         self.local[stage.name] = {**result, "excess": math.inf}
         return True
 
+    def _unit(self, found: torch.Tensor) -> float:
+        return unit(found.dtype, self.weights is not None)
+
     def _referee(self, stage: Stage, module: torch.nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
-        """The module's output on the same inputs, computed in float64."""
+        """The module's output on the same inputs, computed in float64; with the weights and inputs from before the cast
+        where it runs in half precision and they are known."""
+        weights, path = self.weights, stage.module
+        if weights is None:
+            with self._aside(stage):
+                return in_float64(module, args, kwargs)
+        names, given, named = list(parameters_of(module)), list(args), dict(kwargs)
+        for name, value in self._fed.get(stage.name, {}).items():
+            if name in names[: len(given)]:
+                given[names.index(name)] = value
+            else:
+                named[name] = value
         with self._aside(stage):
-            return in_float64(module, args, kwargs)
+            return in_float64(module, tuple(given), named, lambda name: weights(f"{path}.{name}"))
 
     @contextlib.contextmanager
     def _aside(self, stage: Stage) -> Iterator[None]:

@@ -199,7 +199,8 @@ class Scores:
         scores = q @ k.transpose(-1, -2) * how.scale
         for added in (self.mask if how.mask == "given" else None, self.bias if how.bias else None):
             if added is not None:
-                if added.shape[1] not in (1, how.heads):
+                fits = added.shape[1] in (1, how.heads) and added.shape[2] in (1, len(self.parts["query"][0]))
+                if not fits or added.shape[3] != k.shape[2]:
                     return None
                 scores = scores + (added[:, :, self.rows] if added.shape[2] > 1 else added)
         if how.mask == "causal":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,10 +20,12 @@ import torch
 from blip2nb.trace import computing
 from blip2nb.trace.causes import Cause, CounterTest
 from blip2nb.trace.inside import QUERY_KEY_VALUE, Look, Suspect, first_not_finite, part_of
-from blip2nb.trace.metrics import exceeds
+from blip2nb.trace.metrics import THRESHOLD, exceeds
 from blip2nb.trace.stage import Stage
 from blip2nb.trace.tape import attributes, first_tensor, sample_rows, split_place
 from blip2nb.trace.weights import kind_of, what_changed
+
+log = logging.getLogger("blip2nb")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,7 +130,7 @@ def diagnose(
     layer = case.another_layer()
     if layer is not None:
         return [layer]
-    return [case.finding(look) for look in _once(wrong) or looks[-1:]]
+    return _of_one_setting([case.finding(look) for look in _once(wrong) or looks[-1:]], suspect)
 
 
 class _Case:
@@ -154,6 +157,9 @@ class _Case:
 
     def finding(self, look: Look) -> Finding:
         weights = self.weights(look)
+        hidden = None if weights else self.hidden(look)
+        if hidden is not None:
+            return hidden
         causes = weights or self.settings(look) + self.computation(look)
         causes = ranked(causes)
         module, part = look.module, look.part
@@ -165,6 +171,33 @@ class _Case:
             self.suspect.name, module, part, None, look.local_error, look.rounding, look.excess, self.looks,
             tuple(causes),
         )  # fmt: skip
+
+    def hidden(self, look: Look) -> Finding | None:
+        """A matrix that the reference applies without its module, so that nothing of it was recorded, and that gives
+        something else than its own weight and bias do."""
+        seen = {one.key for one in self.looks}
+        root = look.module.removeprefix(self.suspect.path).removeprefix(".")
+        for key, value in self.values.items():
+            path, _, at = key.rpartition(":")
+            if at != "out" or key in seen or path.rpartition(".")[0] != root or not path:
+                continue
+            module = self.suspect.module.get_submodule(path)
+            x, weight = self.values.get(f"{path}:in"), getattr(module, "weight", None)
+            if x is None or not isinstance(weight, torch.Tensor) or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+                continue
+            bias = getattr(module, "bias", None)
+            right = x @ weight.detach().double().T + (0.0 if bias is None else bias.detach().double())
+            error = computing.off(value, right)
+            if error > 1e-6:
+                whole = f"{self.suspect.path}.{path}"
+                said = _matrix_words(x, weight, bias, value) or computing.pattern(value, right, look.rounding)
+                id, words = said or ("unknown", "it gives something else than its weight and bias do")
+                cause = Cause(id, words, whole, "computed again from its own weight and bias")
+                return Finding(
+                    self.suspect.name, whole, part_of(path, module), None, error, look.rounding,
+                    error / max(look.rounding, _LEAST), self.looks, (cause,),
+                )  # fmt: skip
+        return None
 
     def owner(self, parameter: str, module: str, part: str) -> tuple[str, str]:
         """The module a parameter belongs to, and what it is called; the stage's own parameters are named themselves."""
@@ -205,7 +238,15 @@ class _Case:
         for name, tensor in self.candidate.get_submodule(look.module).named_parameters():
             inner = f"{own}.{name}".removeprefix(".").rpartition(".")[0]
             if not any(inner == path or inner.startswith(f"{path}.") for path in judged):
-                yield f"{look.module}.{name}", tensor
+                yield self.known_name(f"{look.module}.{name}", tensor), tensor
+
+    def known_name(self, name: str, tensor: torch.Tensor) -> str:
+        """Of a tensor that is tied under several names, one by which something is known of it."""
+        if self.known.same(name, tensor) is not None:
+            return name
+        named = self.candidate.named_parameters(remove_duplicate=False)
+        others = [other for other, one in named if one is tensor and self.known.same(other, one) is not None]
+        return others[0] if others else name
 
     def weight(self, name: str, tensor: torch.Tensor) -> Cause:
         tied = self.tied(name, tensor)
@@ -216,7 +257,8 @@ class _Case:
     def tied(self, name: str, tensor: torch.Tensor) -> str | None:
         """The other name of a parameter that should be two."""
         named = self.candidate.named_parameters(remove_duplicate=False)
-        return next((other for other, one in named if one is tensor and other != name), None)
+        others = [other for other, one in named if one is tensor and other != name]
+        return next((other for other in others if self.known.same(other, tensor) is not None), None)
 
     def heads(self, name: str) -> int | None:
         """Into how many heads a weight of this stage is divided."""
@@ -251,9 +293,7 @@ class _Case:
         with self.all_right():
             after = self.suspect.judged()
         errors, excesses = ((before[name], after[name]) for name in ("local_error", "excess"))
-        test = CounterTest(
-            "with its own weights", errors, excesses, not exceeds(after["excess"], self.suspect.threshold)
-        )
+        test = CounterTest("with its own weights", errors, excesses, not exceeds(after["excess"], THRESHOLD))
         cause = Cause(id, words, self.suspect.path, f"{moved[path]} of its {count} weights, bit for bit", test)
         measured = (before["local_error"], before["rounding"], before["excess"])
         return Finding(self.suspect.name, self.suspect.path, "layer", None, *measured, self.looks, (cause,))
@@ -282,7 +322,8 @@ class _Case:
             test = self.settings_put_right(look, together, f"with {change}")
             words = "; ".join(map(str, together))
             cause = Cause(id, words, module, "read off both modules", test)
-            if cause.proven or not look.module.startswith(f"{module}."):
+            around = look.module.startswith(f"{module}.")
+            if cause.proven or (not around and test is not None and _falls(test)):
                 causes.append(cause)
         return causes
 
@@ -290,11 +331,23 @@ class _Case:
         self, look: Look, differences: Sequence[AttributeDifference], change: str
     ) -> CounterTest | None:
         """None where the module does not run with them: then they are not what is wrong, or not all of it."""
+        differences = [*differences, *self._scale_with(differences)]
         with repaired(self.candidate, differences):
             try:
                 return self._after(look, change)
             except (RuntimeError, ValueError, TypeError, IndexError):
                 return None
+
+    def _scale_with(self, differences: Sequence[AttributeDifference]) -> list[AttributeDifference]:
+        """The scale of an attention's scores, which a module computes from the width of its heads when it is built."""
+        widths = [one for one in differences if one.attribute in ("head_dim", "attention_head_size")]
+        out = []
+        for one in widths:
+            plain = vars(self.candidate.get_submodule(one.module))
+            for name in ("scaling", "scale"):
+                if isinstance(plain.get(name), float) and math.isclose(plain[name], one.candidate**-0.5, rel_tol=1e-6):
+                    out.append(dataclasses.replace(one, attribute=name, reference=one.reference**-0.5))
+        return out
 
     # -- computation
 
@@ -308,11 +361,11 @@ class _Case:
             "attention": self._attention, "activation": self._activation, "norm": self._norm,
             "residual": self._residual, "embedding": self._embedding,
         }  # fmt: skip
-        explain = tests.get(look.part, self._linear)
-        causes = explain(look)
-        if not causes:
-            causes = self._pattern(look)
-        return causes
+        try:
+            return tests.get(look.part, self._linear)(look) or self._pattern(look)
+        except (RuntimeError, ValueError, IndexError, KeyError) as error:  # a module unlike any that was thought of
+            log.warning("%s: what it computes could not be told (%s)", look.module, error)
+            return []
 
     def _pattern(self, look: Look) -> list[Cause]:
         """What the difference looks like, where nothing says more."""
@@ -321,15 +374,13 @@ class _Case:
 
     def within(self, look: Look) -> float:
         """How near an explanation must come to the reference's output: as near as rounding allows."""
-        return self.suspect.threshold * max(look.rounding, _LEAST)
+        return THRESHOLD * max(look.rounding / self.suspect.unit, _LEAST)
 
     def explained(self, look: Look, change: str, value: torch.Tensor) -> CounterTest:
         """The counter-test by computing the part again, on the same inputs, in float64."""
         error = computing.off(value, look.expected)
-        excess = error / max(look.rounding, _LEAST)
-        return CounterTest(
-            change, (look.local_error, error), (look.excess, excess), not exceeds(excess, self.suspect.threshold)
-        )
+        excess = self.suspect.unit * error / max(look.rounding, _LEAST)
+        return CounterTest(change, (look.local_error, error), (look.excess, excess), not exceeds(excess, THRESHOLD))
 
     def _attention(self, look: Look) -> list[Cause]:
         made = self._scores(look)
@@ -404,8 +455,10 @@ class _Case:
         before = keys[: keys.index(look.key)] if look.key in keys else keys
         rows = sample_rows(self.values[look.key].shape[-2])
         pieces = [self.values[key] for key in before if key.endswith(":out") and not key.startswith(f"{path}:")]
-        laid = [piece.reshape(look.expected.shape[:-2] + piece.shape[-2:]) for piece in pieces if piece.dim() > 1]
-        same = [one[..., rows, :] for one in laid if one.shape[-1] == look.expected.shape[-1]][-2:]
+        lead, width = look.expected.shape[:-2], look.expected.shape[-1]
+        fits = [piece for piece in pieces if piece.dim() > 1 and piece.shape[-1] == width]
+        laid = [piece.reshape(*lead, -1, width) for piece in fits]
+        same = [one[..., rows, :] for one in laid if one.shape[-2] > max(rows)][-2:]
         within = self.within(look)
         theirs = computing.activation(same, look.expected.double(), within)
         ours = computing.activation(same, look.exact, within)
@@ -524,28 +577,24 @@ class _Case:
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or x is None or x.shape[-1] != weight.shape[1]:
             return []
         x = self._at_rows(x, look)
-        w, b = weight.detach().double(), 0.0 if bias is None else bias.detach().double()
-        ways = {
-            ("bias_missing", "the bias is not added"): x @ w.T,
-            ("bias_missing", "the bias is added twice"): x @ w.T + 2 * b,
-            ("bias_shifted", "the bias is shifted by one"): x @ w.T + (torch.roll(b, 1) if bias is not None else 0.0),
-            ("bias_shifted", "the bias is shifted back by one"): x @ w.T
-            + (torch.roll(b, -1) if bias is not None else 0.0),
-        }
-        if w.shape[0] == w.shape[1]:
-            ways["transposed", "the matrix is used transposed"] = x @ w + b
-        right = x @ w.T + b
+        right = x @ weight.detach().double().T + (0.0 if bias is None else bias.detach().double())
         if computing.off(right, look.expected) > self.within(look):
-            return []
-        for (id, words), value in ways.items():
-            if computing.off(value, look.exact) <= max(self.within(look), 1e-7):
-                test = self.explained(look, "computed with its own weight and bias", right)
-                return [Cause(id, words, look.module, "told from what goes in and what comes out", test)]
-        said = computing.pattern(look.exact, look.expected, look.rounding)
-        if said is None:
-            return []
+            return self._exchanged(look)
+        said = _matrix_words(x, weight, bias, look.exact) or computing.pattern(look.exact, look.expected, look.rounding)
         test = self.explained(look, "computed with its own weight and bias", right)
-        return [Cause(self._scale_of(said[0], look), said[1], look.module, "its weight and bias would give it", test)]
+        id, words = said or ("unknown", "it gives something else than its weight and bias do")
+        return [Cause(self._scale_of(id, look), words, look.module, "told from what goes in and what comes out", test)]
+
+    def _exchanged(self, look: Look) -> list[Cause]:
+        """Whether a query gives what the reference's key gives, or the like."""
+        holder = look.module.rpartition(".")[0]
+        for other in self.looks:
+            role = QUERY_KEY_VALUE.get(other.module.rpartition(".")[2], "")
+            near = other.at == "out" and role and other.module.rpartition(".")[0] == holder and other is not look
+            if near and computing.off(look.exact, other.expected) <= self.within(look):
+                words = f"it gives what the reference's {role} gives"
+                return [Cause("qkv_swapped", words, look.module, f"compared with the reference's {other.module}")]
+        return []
 
     def _scale_of(self, id: str, look: Look) -> str:
         name = look.module.rpartition(".")[2]
@@ -559,6 +608,29 @@ class _Case:
         after = next(one for one in self.suspect.looks() if one.key == look.key)
         errors, excesses = (look.local_error, after.local_error), (look.excess, after.excess)
         return CounterTest(change, errors, excesses, not after.faulty)
+
+
+def arriving_weights(
+    arrived: torch.Tensor, expected: torch.Tensor, candidate: torch.nn.Module, known: Known
+) -> list[Cause]:
+    """The parameters that are not the reference's and whose values arrive, as they are or row by row."""
+    rows = [one.reshape(-1, one.shape[-1]) for one in (arrived, expected)] if arrived.dim() else []
+    if not rows or rows[0].shape != rows[1].shape or not arrived.is_floating_point():
+        return []
+    wrong = rows[0][(rows[0] != rows[1]).any(-1)][:_ROWS]
+    causes = []
+    for name, tensor in candidate.named_parameters():
+        if tensor.dim() < 2 or tensor.shape[-1] != arrived.shape[-1]:
+            continue
+        table = tensor.data.reshape(-1, tensor.shape[-1])
+        stands = all(bool((table == row).all(-1).any()) for row in wrong)
+        if stands and len(wrong) and known.same(name, tensor) is False:
+            causes.append(weight_cause(name, tensor.data, known))
+    return causes
+
+
+_ROWS = 8
+"""So many rows of what arrives are looked up among the parameters'."""
 
 
 def weight_cause(name: str, tensor: torch.Tensor, known: Known, heads: int | None = None) -> Cause:
@@ -584,13 +656,18 @@ def _stands_for(name: str, other: str) -> str:
     holders = [one.rpartition(".")[0] for one in modules]
     if all(leaf in QUERY_KEY_VALUE for leaf in leaves) and holders[0] == holders[1]:
         return "qkv_swapped"
-    if _pattern_of(name) == _pattern_of(other):
-        return "layer_repeated"
-    if all("norm" in leaf.lower() for leaf in leaves):
+    if all("norm" in leaf.lower() for leaf in leaves) and _layer_of(name) == _layer_of(other):
         return "norms_swapped"
     if "head" in name and ("embed" in other or "shared" in other):
         return "tied"
     return "weight_swapped"
+
+
+def _layer_of(name: str) -> str:
+    """A parameter's name up to the number of its layer."""
+    parts = name.split(".")
+    number = next((n for n, part in enumerate(parts) if part.isdigit()), 0)
+    return ".".join(parts[: number + 1])
 
 
 _LEAST = 2.0**-25
@@ -605,6 +682,16 @@ SETTINGS = {
     "offset": "position_shifted", "padding_idx": "tokens",
 }  # fmt: skip
 """What an attribute that differs is a cause of."""
+
+
+def _of_one_setting(findings: list[Finding], suspect: Suspect) -> list[Finding]:
+    """Several places that one setting of the whole stage puts right are one fault."""
+    first = findings[0].causes[0]
+    shared = [one for one in findings if one.causes[0].words == first.words and one.causes[0].module == first.module]
+    if len(shared) < 2 or first.module != suspect.path:
+        return findings
+    one = dataclasses.replace(findings[0], module=suspect.path, part="layer")
+    return [one, *(other for other in findings if other not in shared)]
 
 
 def _once(wrong: Sequence[Look]) -> list[Look]:
@@ -623,6 +710,29 @@ def _seen_again(look: Look, earlier: Look) -> bool:
         return False
     new, old = look.exact - look.expected.double(), earlier.exact - earlier.expected.double()
     return computing.off(new, old) <= 1e-2 and earlier.excess > 10
+
+
+def _matrix_words(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, value: torch.Tensor
+) -> tuple[str, str] | None:
+    """What else than x·Wᵀ + b a matrix was used for to give a value: a cause's id and words."""
+    w, b = weight.detach().double(), None if bias is None else bias.detach().double()
+    ways = {}
+    if b is not None:
+        bare = x @ w.T
+        ways["bias_missing", "its bias is not added"] = bare
+        ways["bias_changed", "its bias is added twice"] = bare + 2 * b
+        ways["bias_changed", "its bias is taken away"] = bare - b
+        for shift in (1, -1):
+            ways["bias_shifted", f"its bias is shifted by {shift}"] = bare + b.roll(shift)
+    if w.shape[0] == w.shape[1]:
+        ways["transposed", "its matrix is used transposed"] = x @ w + (0.0 if b is None else b)
+    return next((said for said, one in ways.items() if computing.off(one, value) <= 1e-6), None)
+
+
+def _falls(test: CounterTest) -> bool:
+    """Whether putting something right made any difference."""
+    return not test.local_error[1] > 0.9 * test.local_error[0]
 
 
 def ranked(causes: Sequence[Cause]) -> list[Cause]:
@@ -645,23 +755,22 @@ def _random(suspect: Suspect) -> Finding | None:
     differ = [a for a, b in zip(looks, again, strict=True) if not torch.equal(a.found, b.found)]
     at = differ[0] if differ else looks[-1]
     live = [(name, one) for name, one in suspect.module.named_modules() if one.training]
-    with _still(suspect.module):
+    drops = [name for name, one in live if isinstance(one, torch.nn.Dropout) and one.p > 0]
+    module = f"{suspect.path}.{drops[0]}" if len(drops) == 1 and len(live) == 1 else at.module
+    with still(suspect.module):
         calm = torch.equal(suspect.output(), suspect.output())
         after = next(one for one in suspect.looks() if one.key == at.key)
     rounding = (at.local_error, after.local_error), (math.inf, after.excess)
     test = CounterTest("with every module in eval mode", *rounding, calm and not after.faulty)
     named = f"{len(live)} of its modules are in training mode" if live else "no module is in training mode"
     size = computing.off(second, first)
-    cause = Cause(
-        "dropout", f"it gives another output each time; {named}", at.module, f"two runs differ by {size:.1e}", test
-    )
-    return Finding(
-        suspect.name, at.module, at.part, None, at.local_error, at.rounding, math.inf, tuple(looks), (cause,)
-    )
+    words = f"it gives another output each time; {named}"
+    cause = Cause("dropout", words, module, f"two runs differ by {size:.1e}", test)
+    return Finding(suspect.name, module, at.part, None, at.local_error, at.rounding, math.inf, tuple(looks), (cause,))
 
 
 @contextlib.contextmanager
-def _still(module: torch.nn.Module) -> Iterator[None]:
+def still(module: torch.nn.Module) -> Iterator[None]:
     """A module and everything in it in eval mode."""
     before = [(one, one.training) for one in module.modules()]
     try:
@@ -687,11 +796,6 @@ def _heads_of(module: torch.nn.Module) -> int | None:
     plain = vars(module)
     names = ("num_heads", "num_attention_heads", "n_heads", "heads")
     return next((plain[name] for name in names if isinstance(plain.get(name), int)), None)
-
-
-def _pattern_of(name: str) -> str:
-    """A parameter's name with its numbers taken out: the same in every layer."""
-    return ".".join("#" if part.isdigit() else part for part in name.split("."))
 
 
 def _unlike(one: str, other: str) -> int:
@@ -794,7 +898,21 @@ class AttributeDifference:
 
 
 # Bookkeeping that says nothing about what a module computes
-_IRRELEVANT = {"layer_idx", "layer_num", "inplace", "gradient_checkpointing", "is_decoder", "config"}
+_IRRELEVANT = {
+    "p",
+    "dropout",
+    "attention_dropout",
+    "hidden_dropout",
+    "dropout_rate",
+    "activation_dropout",
+    "drop_prob",
+    "layer_idx",
+    "layer_num",
+    "inplace",
+    "gradient_checkpointing",
+    "is_decoder",
+    "config",
+}
 
 
 def attribute_differences(

@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from blip2nb.trace.metrics import exceeds, judge
-from blip2nb.trace.precision import in_float64
+from blip2nb.trace.metrics import THRESHOLD, exceeds, judge
 from blip2nb.trace.tape import Tape, first_tensor, sample_rows, with_first
 
 QUERY_KEY_VALUE = {
@@ -46,7 +45,6 @@ class Look:
     local_error: float
     rounding: float
     excess: float
-    threshold: float
     expected: torch.Tensor = dataclasses.field(repr=False)
     found: torch.Tensor = dataclasses.field(repr=False)
     exact: torch.Tensor = dataclasses.field(repr=False)
@@ -58,7 +56,7 @@ class Look:
     @property
     def faulty(self) -> bool:
         """Whether more than rounding happens here. NaN is a fault."""
-        return exceeds(self.excess, self.threshold)
+        return exceeds(self.excess, THRESHOLD)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,7 +71,8 @@ class Suspect:
         expected: the reference's output.
         parts: paths within the module -> the reference's path of the same; see `Stage.parts`.
         recorded: the reference's values by place.
-        threshold: the excess above which something is more than rounding.
+        exactly: runs the module in float64, on the reference's inputs as they were recorded.
+        unit: what the excess is measured in; see `metrics.unit`.
     """
 
     name: str
@@ -84,7 +83,8 @@ class Suspect:
     expected: torch.Tensor
     parts: Mapping[str, str]
     recorded: Tape | Mapping[str, torch.Tensor]
-    threshold: float
+    exactly: Callable[[], torch.Tensor]
+    unit: float = 1.0
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -102,20 +102,19 @@ class Suspect:
         if found.shape != self.expected.shape:
             return {"local_error": math.inf, "rounding": math.nan, "excess": math.inf}
         with torch.no_grad():
-            return judge(found, self.expected, in_float64(self.module, self.args, self.kwargs))
+            return judge(found, self.expected, self.exactly(), self.unit)
 
     def looks(self) -> list[Look]:
         """Every place inside that the reference recorded, in the order of execution, and last the stage's output."""
         with torch.no_grad():
-            own = _Forced(self, lambda module, args, kwargs: first_tensor(module(*args, **kwargs)))
-            exact = _Forced(self, in_float64)
+            own, exact = _Forced(self, self.output), _Forced(self, self.exactly)
         return [own.look(key, self.path, exact.seen[key]) for key in own.seen if key in exact.seen]
 
     def intermediate(self) -> dict[str, torch.Tensor]:
         """What each paired module took in and gave out when all were forced, whole and in float64: `path:in`,
         `path:out`."""
         with torch.no_grad():
-            return _Forced(self, in_float64).whole
+            return _Forced(self, self.exactly).whole
 
 
 def parameters_of(module: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
@@ -141,14 +140,14 @@ class _Forced:
         whole: the values that went on from there.
     """
 
-    def __init__(self, suspect: Suspect, run: Callable[..., torch.Tensor]):
+    def __init__(self, suspect: Suspect, run: Callable[[], torch.Tensor]):
         self.suspect = suspect
         self.seen: dict[str, _Seen] = {}
         self.whole: dict[str, torch.Tensor] = {}
         self._before = ""
         self._between: list[str] = []
         with self._hooks():
-            output = run(suspect.module, suspect.args, dict(suspect.kwargs))
+            output = run()
         self._note(":out", output, suspect.expected)
 
     @contextlib.contextmanager
@@ -218,11 +217,11 @@ class _Forced:
         if seen.found.shape != seen.expected.shape:
             values = {"local_error": math.inf, "rounding": math.nan, "excess": math.inf}
         else:
-            values = judge(seen.found, seen.expected, exact.found)
+            values = judge(seen.found, seen.expected, exact.found, self.suspect.unit)
             values.pop("bit_equal")
         whole = f"{path}.{module}" if module else path
         return Look(
-            key, whole, part, **values, threshold=self.suspect.threshold,
+            key, whole, part, **values,
             expected=seen.expected, found=seen.found, exact=exact.found,
         )  # fmt: skip
 
@@ -231,7 +230,8 @@ class _Forced:
         path, _, at = key.rpartition(":")
         modules = dict(self.suspect.module.named_modules())
         if at == "out" and path:
-            return path, part_of(path, modules[path])
+            part = part_of(path, modules[path])
+            return (_function_in(path, self.suspect.module), part) if part == "activation" else (path, part)
         before = seen.before
         own = [name for name in seen.between if not isinstance(modules.get(name), torch.nn.Dropout | torch.nn.Identity)]
         if not before:

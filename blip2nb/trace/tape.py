@@ -274,14 +274,16 @@ class Tape:
             )
         self.metadata = head["tape"]
         self._aliases = head["aliases"]
+        self._file = None
 
     def __contains__(self, name):
         return name in self._stored or name in self._aliases
 
     def __getitem__(self, name):
         """The recorded tensor. Raises KeyError if there is none of that name."""
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(self._aliases.get(name, name) if name in self else _no_tensor(self.path, name))
+        if self._file is None:  # opening reads the list of all tensors, which takes longer than most of them
+            self._file = safe_open(self.path, framework="pt")
+        return self._file.get_tensor(self._aliases.get(name, name) if name in self else _no_tensor(self.path, name))
 
     def names(self):
         return sorted(self._stored | set(self._aliases))

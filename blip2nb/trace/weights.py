@@ -82,7 +82,7 @@ def _rounded(name: str, found: torch.Tensor, expected: torch.Tensor, heads: int 
 
 
 def _thirds(name: str, found: torch.Tensor, expected: torch.Tensor, heads: int | None) -> Change | None:
-    """Queries, keys and values in one tensor: which third stands where."""
+    """Queries, keys and values in one tensor: which third stands where, and what was done to one of them."""
     parts = name.split(".")
     fused = len(parts) > 1 and QUERY_KEY_VALUE.get(parts[-2]) == "qkv"
     if not fused or len(found) % 3:
@@ -97,6 +97,8 @@ def _thirds(name: str, found: torch.Tensor, expected: torch.Tensor, heads: int |
         else:
             stands.append(next((words[n] for n, one in enumerate(right) if torch.equal(third, one)), "?"))
     wrong = [number for number, one in enumerate(stands) if one != words[number]]
+    if stands.count("?") == 1 and len(wrong) == 1:
+        return _one_third(parts, words[wrong[0]], found.chunk(3)[wrong[0]], right[wrong[0]], heads)
     if not wrong or "?" in stands:
         return None
     if all(stands[number] == "zeros" for number in wrong):
@@ -104,6 +106,15 @@ def _thirds(name: str, found: torch.Tensor, expected: torch.Tensor, heads: int |
         bias = parts[-1] == "bias"
         return Change("bias_missing" if bias else "qkv_missing", f"the part of the {missing} is zero")
     return Change("qkv_swapped", f"{', '.join(stands)} stand where query, key, value should")
+
+
+def _one_third(
+    parts: list[str], word: str, found: torch.Tensor, expected: torch.Tensor, heads: int | None
+) -> Change | None:
+    """Only the queries', the keys' or the values' part is another: looked at as if it stood alone."""
+    alone = ".".join([*parts[:-2], word, parts[-1]])
+    change = what_changed(alone, found.contiguous(), expected.contiguous(), heads)
+    return None if change is None else Change(change.id, f"in the part of the {word}, {change.words}")
 
 
 def _transposed(name: str, found: torch.Tensor, expected: torch.Tensor, heads: int | None) -> Change | None:
@@ -121,6 +132,8 @@ def _reordered(name: str, found: torch.Tensor, expected: torch.Tensor, heads: in
     if order is None:
         return None
     kind = kind_of(name)
+    if heads and kind not in ("position", "position bias") and (whole := _heads_moved(order, heads, "rows")):
+        return whole
     shift = _shift(order)
     if shift:
         ids = {"bias": "bias_shifted", "position": "position_shifted", "position bias": "position_bias"}
@@ -140,14 +153,23 @@ def _reordered_columns(name: str, found: torch.Tensor, expected: torch.Tensor, h
     return _by_heads(order, heads, "columns", kind_of(name))
 
 
-def _by_heads(order: Sequence[int], heads: int | None, what: str, kind: str) -> Change:
-    for count in [heads] if heads else []:
+def _heads_moved(order: Sequence[int], heads: int, what: str) -> Change | None:
+    """Whether whole heads changed places, of one projection or of three that lie in one tensor."""
+    for count in (heads, 3 * heads):
         width = len(order) // count
+        if width < 2 or len(order) % count:
+            continue
         blocks = [order[n * width : (n + 1) * width] for n in range(count)]
-        whole = all(block[0] % width == 0 and _runs(block) for block in blocks)
-        if whole and width > 1:
+        if all(block[0] >= 0 and block[0] % width == 0 and _runs(block) for block in blocks):
             stands = [block[0] // width for block in blocks]
-            return Change("heads_permuted", f"the heads stand in the order {stands} ({what} of {width})")
+            words = f"the heads stand in the order {stands} ({what} of {width})"
+            return Change("heads_permuted", words + (", queries, keys and values mixed" if count > heads else ""))
+    return None
+
+
+def _by_heads(order: Sequence[int], heads: int | None, what: str, kind: str) -> Change:
+    if heads and (whole := _heads_moved(order, heads, what)):
+        return whole
     shift = _shift(order)
     if shift:
         return Change("weight_changed", f"its {what} are shifted by {shift}")
@@ -166,12 +188,12 @@ def row_order(found: torch.Tensor, expected: torch.Tensor) -> list[int] | None:
     if len(found) < 2:
         return None
     places: dict[bytes, list[int]] = {}
-    for number, row in enumerate(expected.contiguous().numpy()):
+    for number, row in enumerate(expected.float().contiguous().numpy()):
         places.setdefault(row.tobytes(), []).append(number)
     if len(places) < len(expected) // 2:  # too many equal rows to tell which is which
         return None
     order = []
-    for number, row in enumerate(found.contiguous().numpy()):
+    for number, row in enumerate(found.float().contiguous().numpy()):
         there = places.get(row.tobytes(), [])
         order.append(number if number in there else there[0] if there else -1)
     known = sum(one >= 0 for one in order)
@@ -206,6 +228,9 @@ def _grid_words(order: Sequence[int]) -> str:
 
 def _scaled(name: str, found: torch.Tensor, expected: torch.Tensor, heads: int | None) -> Change | None:
     factor = proportion(found, expected)
+    if factor is None:  # what is stored in half precision was rounded after it was multiplied
+        factor = proportion(found, expected, within=5e-4)
+        factor = factor if factor is not None and abs(factor - 1) > 0.01 else None
     if factor is None:
         return None
     id = "embedding_scale" if "embed" in name and "position" not in name else "scale"
@@ -270,4 +295,4 @@ def _values(name: str, found: torch.Tensor, expected: torch.Tensor) -> Change:
         id = "bias_changed" if bias else "weight_changed"
         return Change(id, f"{count} of {size} values differ, by {size_of:.1e} of its norm")
     words = f"it has little in common with the right one (cosine {related:.2f})"
-    return Change("bias_changed" if bias else "weight_swapped", words)
+    return Change("bias_changed" if bias else "weight_changed", words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -126,6 +127,32 @@ def draw_dumbbells(
             right = x > other or math.isnan(other) or (x == other and side == 1)
             axes.annotate(as_plain_times(number), (x, row), (5 if right else -5, 0), textcoords="offset points",
                           ha="left" if right else "right", va="center", size=small)  # fmt: skip
+
+
+def mark_rounding(axes: Axes, threshold: float, top: float) -> None:
+    """On an axis of error ÷ its own rounding up to 10**top: a line at 1, one at the threshold, a tint above that."""
+    axes.set_ylabel("error ÷ its own\nrounding")
+    axes.axhspan(threshold, 10 ** (top + 0.5), color=FAULT, alpha=0.07, linewidth=0)
+    axes.axhline(1, color=MUTED, lw=0.8, label="1")
+    axes.axhline(threshold, color=INK, lw=0.8, ls=(0, (4, 2)), label="threshold")
+
+
+def name_zones(axes: Axes, wrong: np.ndarray, count: int, threshold: float, width: float) -> None:
+    """Says what is above the threshold and what 1 is, at an end where nothing wrong is drawn, if there is one.
+
+    Args:
+        wrong: the places, of `count` along x, that must stay clear.
+        width: of the figure, in inches.
+    """
+    small = matplotlib.rcParams["xtick.labelsize"]
+    words = f"more than rounding (above {threshold:g})"
+    taken = 1.1 * count * text_inches(words, small) / (width - 0.9)
+    for x, ha, clear in ((0.01, "left", wrong > taken), (0.99, "right", wrong < count - taken)):
+        if clear.all():
+            how: Any = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "ha": ha}
+            axes.annotate(words, (x, threshold), (0, 2), va="bottom", size=small, color=FAULT, **how)
+            axes.annotate("1 = rounding alone", (x, 1), (0, -5), va="top", size=small, color=MUTED, **how)
+            return
 
 
 def legend_key(marker: str, colour: str) -> Line2D:

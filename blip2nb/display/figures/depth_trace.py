@@ -22,6 +22,8 @@ from blip2nb.display.figures.axes import (
     hatch_where,
     legend_key,
     log_axis,
+    mark_rounding,
+    name_zones,
     on_axis,
     stretches,
 )
@@ -127,10 +129,7 @@ def _excess_over_depth(axes: Axes, depth: Depth, threshold: float, width: float)
     zeros = (depth.excess == 0) | (~depth.junction & np.isnan(depth.excess) & (depth.local_error == 0))
     decades = (-1.0, float(top))
     log_axis(axes, "y", decades, zero_row=bool(zeros.any()), marks=[1, threshold])
-    axes.set_ylabel("error ÷ its own\nrounding")
-    axes.axhspan(threshold, 10 ** (top + 0.5), color=FAULT, alpha=0.07, linewidth=0)
-    axes.axhline(1, color=MUTED, lw=0.8, label="1")
-    axes.axhline(threshold, color=INK, lw=0.8, ls=(0, (4, 2)), label="threshold")
+    mark_rounding(axes, threshold, top)
     size, x = marker_size(depth), depth.places
     values = np.where(zeros, 0.0, depth.excess)
     shown = on_axis(values, decades)
@@ -139,7 +138,8 @@ def _excess_over_depth(axes: Axes, depth: Depth, threshold: float, width: float)
     draw_markers(axes, x, values, ~depth.wrong, "o", INK, size, decades, "excess")
     draw_markers(axes, x, values, depth.wrong, "D", FAULT, size * 1.25, decades, "wrong excess")
     _fault_sizes(axes, depth, shown, width)
-    _zone_words(axes, depth, threshold, width)
+    wrong = depth.places[depth.wrong | depth.broken | depth.unjudged]
+    name_zones(axes, wrong, len(depth.names), threshold, width)
 
 
 def _fault_sizes(axes: Axes, depth: Depth, shown: np.ndarray, width: float, most: int = 4) -> None:
@@ -155,20 +155,6 @@ def _fault_sizes(axes: Axes, depth: Depth, shown: np.ndarray, width: float, most
                 axes.annotate(words, (place, shown[place]), (side, 0), color=FAULT, textcoords="offset points",
                               ha=ha, va="center", weight="bold", size=size)  # fmt: skip
                 break
-
-
-def _zone_words(axes: Axes, depth: Depth, threshold: float, width: float) -> None:
-    """Says what the two zones mean, at an end where nothing wrong is drawn, if there is one."""
-    small = matplotlib.rcParams["xtick.labelsize"]
-    words = f"more than rounding (above {threshold:g})"
-    where, count = axes.get_yaxis_transform(), len(depth.names)
-    taken = 1.1 * count * text_inches(words, small) / (width - 0.9)
-    wrong = depth.places[depth.wrong | depth.broken | depth.unjudged]
-    for x, ha, clear in ((0.01, "left", wrong > taken), (0.99, "right", wrong < count - taken)):
-        if clear.all():
-            axes.text(x, threshold * 1.15, words, transform=where, ha=ha, va="bottom", size=small, color=FAULT)
-            axes.text(x, 0.62, "1 = rounding alone", transform=where, ha=ha, va="top", size=small, color=MUTED)
-            return
 
 
 def _callout(picture: Figure, above: Axes, below: Axes, report: Report, depth: Depth, width: float) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import matplotlib
 import matplotlib.style
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 Report = Mapping[str, Any]
 Arrays = Mapping[str, np.ndarray]
@@ -40,10 +42,20 @@ class Picture(Figure):
     def _repr_png_(self) -> tuple[bytes, dict[str, Any]]:
         """Twice the pixels of its size on the screen, for screens that have them."""
         buffer = io.BytesIO()
-        with style(self.get_figwidth()):
-            self.savefig(buffer, format="png", dpi=192)
+        rasterise(self, 192).save(buffer, "PNG")
         width, height = (round(96 * inches) for inches in self.get_size_inches())
         return buffer.getvalue(), {"width": width, "height": height, "alt": self.alt}
+
+
+def rasterise(picture: Figure, dpi: int) -> Image.Image:
+    """The picture as RGB. matplotlib's own way to a PNG draws it twice, the first time for the layout alone."""
+    before = picture.dpi
+    picture.set_dpi(dpi)
+    canvas = FigureCanvasAgg(picture)
+    canvas.draw()
+    image = Image.frombytes("RGB", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBX")
+    picture.set_dpi(before)
+    return image
 
 
 def style(width: float) -> contextlib.AbstractContextManager[None]:

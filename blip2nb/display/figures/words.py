@@ -23,9 +23,15 @@ def to_floats(values: Any) -> np.ndarray:
 
 def text_inches(text: str, size: str | float = "medium", weight: str = "normal") -> float:
     """How wide the text is drawn; a little more than its outlines, since hinting moves letters to whole dots."""
-    font = font_manager.FontProperties(size=size, weight=weight)
+    return 1.02 * _ems(text, weight) * font_manager.FontProperties(size=size).get_size_in_points() / 72
+
+
+@functools.lru_cache(maxsize=16384)
+def _ems(text: str, weight: str) -> float:
+    """The text's width at a size of one point. A figure asks for the same words at every width that it is drawn at."""
+    font = font_manager.FontProperties(size=1, weight=weight)
     points: float = text_to_path.get_text_width_height_descent(text, font, ismath=False)[0]
-    return 1.02 * points / 72
+    return points
 
 
 def wrap_text(text: str, room: float, setting: Any = "font.size", weight: str = "normal") -> str:

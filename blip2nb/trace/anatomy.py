@@ -1,0 +1,160 @@
+"""What a model is made of, told by what its modules are and not by whose model it is: where faults can be put."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import nn
+
+LETTERS = {"q": "q", "k": "k", "v": "v"} | {
+    f"{word}{ending}": word[0] for word in ("query", "key", "value", "q", "k", "v") for ending in ("", "_proj")
+}
+FUSED = ("qkv.weight", "qkv.bias", "in_proj_weight", "in_proj_bias")
+HEADS = ("num_heads", "num_attention_heads", "n_heads")
+HEAD_WIDTH = ("head_dim", "attention_head_size", "key_value_proj_dim")
+SCALE = ("scale", "scaling")
+_EPS = ("eps", "variance_epsilon")
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """An attention in a model: its path, how many heads, and the parameters that make q, k and v, by name."""
+
+    path: str
+    heads: int
+    names: tuple[str, ...]
+
+    @property
+    def fused(self) -> bool:
+        return self.names[0].endswith(FUSED)
+
+
+def attentions(model: nn.Module) -> list[Attention]:
+    """Every module that makes a query, a key and a value of what it gets."""
+    found = []
+    for path, module in model.named_modules():
+        own = [name for name, _ in module.named_parameters()]
+        fused = [name for name in own if name in FUSED]
+        apart = [name for name in own if name.count(".") == 1 and name.split(".")[0] in LETTERS]
+        names = sorted(fused, key=FUSED.index) or sorted(apart, key=lambda name: LETTERS[name.split(".")[0]])
+        heads = next((getattr(module, name) for name in HEADS if hasattr(module, name)), 0)
+        if heads and (fused or {LETTERS[name.split(".")[0]] for name in apart} == set("qkv")):
+            found.append(Attention(path, heads, tuple(join(path, name) for name in names)))
+    return found
+
+
+def norms(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Path, module and the attribute that holds its eps, of every norm."""
+    found = []
+    for path, module in model.named_modules():
+        attribute = next((name for name in _EPS if isinstance(getattr(module, name, None), float)), None)
+        if attribute and isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.dim() == 1:
+            found.append((path, module, attribute))
+    return found
+
+
+def layers(model: nn.Module) -> list[list[str]]:
+    """The paths of layers that follow one another, one list for each stack of them."""
+    stacks: list[list[str]] = []
+    for path, module in model.named_modules():
+        within = any(path.startswith(f"{one}.") for stack in stacks for one in stack)
+        children = list(module.children())
+        alike = len({type(child) for child in children}) == 1 and any(True for _ in module.parameters())
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(children) > 1 and alike and not within:
+            stacks.append([join(path, name) for name, _ in module.named_children()])
+    return stacks
+
+
+class QuickGelu(nn.Module):
+    """x · sigmoid(1.702 x), the approximation that CLIP uses."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_new": lambda: nn.GELU(approximate="tanh"),
+    "quick_gelu": QuickGelu,
+    "relu": nn.ReLU,
+}
+
+
+def activations(model: nn.Module) -> list[tuple[str, str]]:
+    """Path and kind of every activation, told by what it computes."""
+    found = []
+    with torch.no_grad():
+        probe = torch.linspace(-3, 3, 61)
+        known = {name: make()(probe) for name, make in ACTIVATIONS.items()}
+        for path, module in model.named_modules():
+            if path and not any(True for _ in module.parameters()) and not list(module.children()):
+                with contextlib.suppress(Exception):  # whatever else has no parameters may want other arguments
+                    kind = [name for name, value in known.items() if torch.allclose(module(probe), value, atol=1e-6)]
+                    found += [(path, kind[0])] if kind else []
+    return found
+
+
+def owner(name: str) -> str:
+    """The module that a parameter is weight or bias of, or the parameter's own name."""
+    path, _, leaf = name.rpartition(".")
+    return path if leaf in ("weight", "bias") else name
+
+
+def owners(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(map(owner, names)))
+
+
+def join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def norm_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Norms of one layer that follow one another and could stand in each other's place."""
+    found = [path for path, _, _ in norms(model)]
+    for stack in layers(model):
+        for layer in stack:
+            inside = [path for path in found if path.startswith(f"{layer}.")]
+            for one, other in itertools.pairwise(inside):
+                if model.get_submodule(one).weight.shape == model.get_submodule(other).weight.shape:
+                    yield one, other
+
+
+def alike_layers(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Each layer and the next of its stack that has the same parameters."""
+    for stack in layers(model):
+        made_of = {path: _shapes(model.get_submodule(path)) for path in stack}
+        for at, one in enumerate(stack):
+            alike = [other for other in stack[at + 1 :] if made_of[other] == made_of[one]]
+            if alike:
+                yield one, alike[0]
+
+
+def _shapes(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [(name, tensor.shape) for name, tensor in module.named_parameters()]
+
+
+def token_tables(model: nn.Module) -> Iterator[tuple[str, nn.Embedding]]:
+    """The tables that tokens are looked up in, each once."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and not re.search("pos|relative|type", path):
+            if id(module.weight) not in seen:
+                yield path, module
+            seen.add(id(module.weight))
+
+
+def output_layers(model: nn.Module) -> list[tuple[str, nn.Linear, str]]:
+    """The layers that give logits: path, module, and the table of their shape."""
+    tables = [(path, module.weight) for path, module in token_tables(model)]
+    return [
+        (path, module, table)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        for table, weight in tables
+        if weight.shape == module.weight.shape and module.out_features > module.in_features
+    ]

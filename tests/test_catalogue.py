@@ -1,0 +1,273 @@
+"""The catalogue of faults: each is put in and taken out again bit for bit, changes what it says, and is found."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import snapshot
+from safetensors import safe_open
+from torch import nn
+
+from benchmarks.faults import Expected, Said, drawn, judge, pairs
+from blip2nb.models import break_it, verify
+from blip2nb.models.files import open_source
+from blip2nb.run.reference import shipped_tape
+from blip2nb.runs import Run
+from blip2nb.trace import Stage, compare, faults
+from blip2nb.trace.causes import CAUSES
+from blip2nb.trace.faults import Target, same_bits
+from blip2nb.trace.tape import Tape
+from blip2nb.variants import variant
+
+OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"
+Benches = Callable[[str], break_it.Bench]
+KNOWN = "vision.post_layernorm"  # its eps is a known difference of today's transformers
+
+
+@pytest.fixture(scope="module")
+def benches(converted: Callable[[str], Run]) -> Benches:
+    return functools.cache(lambda name: break_it.Bench(converted(name).model, Tape(shipped_tape(variant(name)))))
+
+
+def state(model: nn.Module) -> list:
+    """All that planting could leave behind: parameters, their places, modules, their classes and attributes, hooks."""
+    found: list = []
+    for path, module in model.named_modules():
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+        hooks = [len(module._forward_hooks), len(module._forward_pre_hooks)]
+        children = [(name, id(child)) for name, child in module.named_children()]
+        own = [(name, id(one)) for name, one in module._parameters.items()]
+        found.append((path, id(module), type(module), plain, hooks, children, own, "forward" in vars(module)))
+    return found
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: one.detach().clone() for name, one in model.named_parameters()}
+
+
+def test_every_fault_says_what_it_is():
+    for name, fault in break_it.CATALOGUE.items():
+        assert fault.name == name
+        assert fault.kind in ("files", "code", "configuration", "inputs")
+        assert {fault.cause, *fault.also} <= set(CAUSES)
+        assert fault.words.endswith(".")
+        assert fault.cause not in fault.also
+
+
+@pytest.mark.parametrize("name", [OPT, T5])
+def test_a_live_model_is_as_it_was_afterwards_bit_for_bit(benches: Benches, name: str):
+    model = benches(name).loaded.model
+    before, weights = state(model), bits(model)
+    for fault in faults.CATALOGUE.values():
+        targets = faults.first_middle_last(fault.targets(model))
+        for target in random.Random(fault.name).sample(targets, min(3, len(targets))):
+            with fault.planted(model, target):
+                changed = {
+                    one for one, value in model.named_parameters() if not same_bits(value, weights.get(one, value))
+                }
+                if fault.kind == "files":
+                    assert changed, f"{fault.name} changes nothing at {target}"
+                    assert changed <= set(target.names), f"{fault.name} changes what it does not name"
+                else:
+                    assert state(model) != before, f"{fault.name} changes nothing at {target}"
+            assert state(model) == before, f"{fault.name} left something behind at {target}"
+            left = [one for one, value in model.named_parameters() if not same_bits(value, weights[one])]
+            assert not left, f"{fault.name} left other weights behind"
+
+
+@pytest.mark.parametrize("name", [OPT, T5])
+def test_a_fault_in_the_files_changes_a_copy_and_only_what_it_names(benches: Benches, name: str, tmp_path: Path):
+    bench = benches(name)
+    original = snapshot(bench.folder)
+    stored = [fault for fault in break_it.CATALOGUE.values() if fault.kind in ("files", "configuration")]
+    for number, fault in enumerate(stored):
+        for case in drawn(bench.cases(fault), 1, False, fault.name):
+            (placed,) = case.faults
+            copy = Path(shutil.copytree(bench.folder, tmp_path / str(number), copy_function=os.link))
+            break_it.write(fault, copy, placed.target)
+            differ = different(bench.folder, copy)
+            if fault.kind == "files":
+                assert differ
+                assert differ <= set(placed.target.names)
+            else:
+                assert differ in ({"config.json"}, {"processor_config.json"})
+    assert snapshot(bench.folder) == original, "a copy's files are links to these, and were written through"
+
+
+@pytest.mark.parametrize("name", ["bias_missing", "rounded_tensor", "eps_configured", "image_resample"])
+def test_what_is_in_the_files_already_is_refused(benches: Benches, name: str, tmp_path: Path):
+    bench, fault = benches(OPT), break_it.CATALOGUE[name]
+    (placed,) = bench.cases(fault)[0].faults
+    copy = Path(shutil.copytree(bench.folder, tmp_path / "copy"))
+    break_it.write(fault, copy, placed.target)
+    with pytest.raises(ValueError, match=r"changes nothing|already"):
+        break_it.write(fault, copy, placed.target)
+
+
+def different(one: Path, other: Path) -> set[str]:
+    """What differs in two directories: names of tensors, and of files that hold none."""
+    found = set()
+    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+    for path in one.iterdir():
+        if path.suffix != ".safetensors":
+            found |= {path.name} if path.read_bytes() != (other / path.name).read_bytes() else set()
+            continue
+        with safe_open(path, "pt") as mine, safe_open(other / path.name, "pt") as its:
+            assert mine.metadata() == its.metadata()
+            assert list(mine.keys()) == list(its.keys())
+            found |= {name for name in mine.keys() if not same_bits(mine.get_tensor(name), its.get_tensor(name))}  # noqa: SIM118
+    return found
+
+
+@pytest.mark.parametrize("name", [OPT, T5])
+def test_a_fault_in_the_inputs_is_in_what_the_model_is_called_with(benches: Benches, name: str, tmp_path: Path):
+    bench = benches(name)
+    for fault in break_it.CATALOGUE.values():
+        for case in bench.cases(fault) if fault.kind == "inputs" else ():
+            with case.planted(bench, tmp_path / "copy") as broken:
+                values = ((bench.inputs[one], value) for one, value in broken.inputs.items() if one != "use_cache")
+                assert not all(same_bits(before, after) for before, after in values), case
+                assert broken.loaded is bench.loaded
+
+
+def test_the_same_seed_plants_the_same_and_another_something_else(benches: Benches):
+    parameters = dict(benches(OPT).loaded.model.named_parameters())
+    fault = faults.CATALOGUE["value_changed"]
+    target = next(one for one in fault.targets(benches(OPT).loaded.model) if one.names[0].endswith("fc1.weight"))
+    (first,), (again,), (other,) = (fault.changed(parameters, target, seed).values() for seed in (0, 0, 1))
+    assert same_bits(first, again)
+    assert not same_bits(first, other)
+
+
+def test_a_fault_is_not_offered_where_it_changes_nothing():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    model[0].bias.zero_()
+    model[0].weight.copy_(torch.eye(4))
+    for name, there in (("bias_missing", "1"), ("bias_shifted", "1"), ("transposed", "1")):
+        assert [one.modules for one in faults.CATALOGUE[name].targets(model)] == [(there,)]
+    exact = [one.modules for one in faults.CATALOGUE["rounded_tensor"].targets(model) if one.form == "bfloat16"]
+    assert exact == [("1",), ("1",)]  # its weight and its bias; ones and zeros fit any dtype
+    with (
+        pytest.raises(ValueError, match="changes nothing"),
+        faults.CATALOGUE["bias_missing"].planted(model, Target(("0",), ("0.bias",))),
+    ):
+        pass
+
+
+class Own(nn.Module):
+    """A model that has nothing of BLIP-2: one attention with a residual, and torch's own layers behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_it_serves_a_model_of_ones_own():
+    torch.manual_seed(0)
+    reference, candidate = Own().eval(), Own().eval()
+    candidate.load_state_dict(reference.state_dict())
+    stages = [Stage(f"layer.{n}", f"layers.{n}", f"layers.{n}", inputs={"src": ":src"}) for n in range(3)]
+    x = torch.randn(1, 5, 8)
+    assert compare(reference, candidate, stages, x).faults == []
+    planted = []
+    for name in (
+        "transposed",
+        "bias_shifted",
+        "norms_swapped",
+        "layers_swapped",
+        "eps",
+        "norm_after",
+        "weight_doubled",
+    ):
+        fault = faults.CATALOGUE[name]
+        for target in fault.targets(candidate):
+            with fault.planted(candidate, target):
+                found = [stage.module for stage in compare(reference, candidate, stages, x).faults]
+            whole = {".".join(module.split(".")[:2]) for module in target.modules}
+            assert not found or set(found) == whole, (name, target)
+            planted += [name] if found else []
+    assert len(set(planted)) >= 6
+
+
+# -- found by the kit
+
+
+@pytest.mark.parametrize("name", [OPT, T5])
+def test_what_is_planted_is_what_the_stages_show(benches: Benches, name: str, tmp_path: Path):
+    """Without any diagnosis: the stages that a fault says it arises at are the ones that measure more than rounding."""
+    bench = benches(name)
+    at_once = ("qkv_swapped", "norms_swapped", "layers_swapped", "residual", "activation", "image_mean", "text_first")
+    for fault in map(break_it.CATALOGUE.__getitem__, at_once):
+        for case in drawn(bench.cases(fault), 1, False, name):
+            with case.planted(bench, tmp_path / "copy") as broken:
+                found = compare(bench.tape, broken.loaded.model, bench.stages, broken.inputs).faults
+            assert [one.name for one in found if one.name != KNOWN] == list(case.stages), case
+
+
+def sample(bench: break_it.Bench, names: str) -> list[break_it.Case]:
+    """One case each of some faults, at a place drawn by chance."""
+    chance = random.Random(bench.variant.name)
+    return [chance.choice(bench.cases(break_it.CATALOGUE[name])) for name in names.split()]
+
+
+# Faults that have one name wherever they are put
+CERTAIN = (
+    "qkv_swapped qkv_missing bias_missing bias_shifted transposed weight_missing norms_swapped layers_swapped "
+    "not_a_number attention_scale image_mean text_first"
+)
+
+
+@pytest.mark.parametrize("name", [OPT, T5])
+def test_a_sample_of_the_catalogue_is_found_with_its_module_and_cause(benches: Benches, name: str, tmp_path: Path):
+    bench = benches(name)
+    opened = functools.cache(lambda: open_source(bench.variant))
+    order = [stage.name for stage in bench.stages]
+    wrong = []
+    for case in sample(bench, CERTAIN):
+        (one,) = case.faults
+        with case.planted(bench, tmp_path / "copy") as broken:
+            loaded = broken.loaded if one.fault.kind == "code" else None
+            inputs = broken.inputs if one.fault.kind == "inputs" else None
+            found = verify.findings(broken.folder, bench.tape, loaded=loaded, inputs=inputs, source=opened)
+        said = [Said(each.stage, each.module, tuple(cause.id for cause in each.causes)) for each in found]
+        marks = judge([Expected(one.stages, one.target, one.fault.also | {one.fault.cause})], said, order)
+        wrong += [] if marks.right else [f"{case}: {marks}, said {said[:2]}"]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_marks_are_given_for_what_was_said():
+    order = ["a", "b", "c"]
+    target = Target(("m.one", "m.two"))
+    expected = [Expected(("b",), target, frozenset({"eps", "scale"}))]
+    right = judge(expected, [Said("b", "m.two", ("scale", "unknown"))], order)
+    assert right.right
+    assert right.three
+    late = judge(expected, [Said("b", "m", ("unknown", "residual", "eps")), Said("c", "m.one", ("eps",))], order)
+    assert (late.detected, late.stage, late.module, late.first, late.three, late.extra) == (*[True] * 3, False, True, 1)
+    early = judge(expected, [Said("a", "m.one", ("eps",)), Said("b", "m.one.inner", ("eps",))], order)
+    assert (early.detected, early.stage, early.module, early.first, early.extra) == (True, False, False, True, 1)
+    assert not judge(expected, [], order).detected
+    both = [*expected, Expected(("c",), Target(("n",), whole=True), frozenset({"tied"}))]
+    assert judge(both, [Said("b", "m.one", ("eps",)), Said("c", "n.inner", ("tied",))], order).right
+    assert not judge(both, [Said("b", "m.one", ("eps",))], order).detected
+
+
+def test_pairs_do_not_touch_one_another(benches: Benches):
+    bench = benches(OPT)
+    names = ("qkv_swapped", "eps", "residual", "image_mean")
+    singles = [case for name in names for case in bench.cases(break_it.CATALOGUE[name])]
+    for case in pairs(singles, 20, "seed"):
+        one, other = case.faults
+        assert not set(one.stages) & set(other.stages)
