@@ -190,9 +190,9 @@ def _model_folder(path: Path) -> Path:
     return path if (path / "config.json").is_file() else find_run(path).model
 
 
-def _check_dtype(dtype: str) -> None:
-    if dtype not in CASTS:
-        raise RequestError(f"--dtype should be one of {', '.join(CASTS)}, found {dtype!r}.")
+def _check_dtype(dtype: str, possible: Sequence[str] = tuple(CASTS)) -> None:
+    if dtype not in possible:
+        raise RequestError(f"--dtype should be one of {', '.join(possible)}, found {dtype!r}.")
 
 
 def _hub_token(repository: str) -> str | None:
@@ -283,13 +283,14 @@ def verify(
     figures: bool = True,
     images: Paths = (),
     texts: str | Sequence[str] = (),
+    dtype: str = "",
 ) -> Report:
     """Prove that a converted directory is the model LAVIS runs, and say where it first goes wrong if it is not.
 
     Args:
         target: a converted directory, a run's folder or name, or what `convert` returned.
         proof: "weights" compares the weights alone; "both" also behaviour, for which it needs a tape or LAVIS; "auto"
-            does what is possible, which for weights that were cast to half precision is the first alone.
+            does what is possible.
         tape: a recording to compare with; one that fits is found (the run's own, or one that ships with the kit), or
             made where LAVIS is at hand.
         source, base, lavis_python, device, notebook: for making one, as for `capture`.
@@ -298,6 +299,8 @@ def verify(
         images: image files and folders of them, to compare on instead of the demo's: behaviour is then compared, or
             the request refused. Each is shown with each text. The recording of them is kept in the run's folder.
         texts: each stands beside the image in `forward`, and before the caption as its prompt.
+        dtype: what transformers runs the model in: float32, bfloat16 or float16; float32 unless the weights were cast.
+            LAVIS's recording is in float32 always.
 
     Returns:
         The report, which is also written to the run's folder.
@@ -311,6 +314,8 @@ def verify(
 
     if proof not in PROOFS:
         raise RequestError(f"--proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
+    if dtype:
+        _check_dtype(dtype, ("float32", "bfloat16", "float16"))
     run = _run_of(target)
     if output:
         run = dataclasses.replace(run, folder=Path(output).expanduser().resolve())
@@ -329,7 +334,7 @@ def verify(
             found = _record(run, variant(manifest.model), chosen, *made_of, "", lavis_python, device, notebook)
     with _steps("verify") as say:
         again = reference.completion(run, manifest, source or run.source, base or run.base)
-        report = prove(run.model, found, again, say, source=lambda: _source_of(run, source, base))
+        report = prove(run.model, found, again, say, source=lambda: _source_of(run, source, base), dtype=dtype)
     report.save(run.folder)
     if figures:
         draw(run)

@@ -312,6 +312,7 @@ def verify(
     images: Images = None,
     text: Text = None,
     texts: Texts = "",
+    dtype: Annotated[str, typer.Option(help="What transformers runs in: float32, bfloat16, float16.")] = "",
     figures: Annotated[bool, typer.Option(help="Also draw the figures.")] = True,
     keep_model: Annotated[bool, typer.Option(help="Or remove the model at the end; the report stays.")] = True,
     as_json: Json = False,
@@ -336,6 +337,7 @@ def verify(
         figures=figures,
         images=images or (),
         texts=_all_texts(text, texts),
+        dtype=dtype,
     )
     api.finish(run, keep_model)
     if as_json:

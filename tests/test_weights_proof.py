@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from blip2nb import api
+from blip2nb.errors import RequestError
 from blip2nb.models.verify import prove_weights
 from blip2nb.run import reference
 from blip2nb.runs import Run
@@ -279,15 +280,32 @@ def test_a_lossless_cast_goes_back_bit_for_bit(tmp_path: Path):
     assert (found["roundtrip"], found["modules_equal"]) == (True, True)
 
 
-def test_a_cast_model_is_not_compared_unless_that_is_asked_for(tmp_path: Path):
-    run = api.convert(T5, output=tmp_path / "model", dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_cast_model_is_compared_in_what_it_was_cast_to(tmp_path: Path, dtype: str):
+    run = api.convert(T5, output=tmp_path / "model", dtype=dtype)
+    assert json.loads((run.model / "config.json").read_text())["dtype"] == dtype
     report = api.verify(run, figures=False)
-    assert report.verdict == "weights_only"
-    assert report["complete_with"] == ""
-    assert json.loads((run.model / "config.json").read_text())["dtype"] == "bfloat16"
-    asked = api.verify(run, proof="both", figures=False)
-    assert asked.verdict == "diverges"
-    assert "cast to bfloat16" in asked["first_divergence"]["cause"]
+    assert (report.verdict, report["computed_in"], report["faults"]) == ("match", dtype, [])
+    assert f"to the rounding of {dtype}" in report["summary"]
+    edit_weights(
+        run.model / "model.safetensors", lambda t: t["vision_model.encoder.layers.2.mlp.fc1.weight"].mul_(1.01)
+    )
+    broken = api.verify(run, figures=False)
+    assert broken.verdict == "diverges"
+    assert broken["first_divergence"]["module"] == "vision_model.encoder.layers.2.mlp.fc1"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_whole_model_is_compared_in_half_precision_where_that_is_asked_for(model_copy, dtype: str):
+    run = model_copy(OPT)
+    assert api.verify(run, figures=False, dtype=dtype).verdict == "match"
+    config = json.loads((run.model / "config.json").read_text())
+    config["vision_config"]["hidden_act"] = "quick_gelu"
+    (run.model / "config.json").write_text(json.dumps(config))
+    report = api.verify(run, figures=False, dtype=dtype)
+    assert report["first_divergence"]["module"] == "vision_model.encoder.layers.0.mlp.activation_fn"
+    with pytest.raises(RequestError, match="float32, bfloat16, float16"):
+        api.verify(run, figures=False, dtype="int8")
 
 
 def test_a_fault_beside_the_known_difference_is_the_one_that_is_named(model_copy):

@@ -65,7 +65,7 @@ class Explorer:
         self.next_fault = widgets.Button(description="next fault", disabled=not self._faulty)
         self.next_fault.on_click(lambda _: self._go_on())
         self._causes = widgets.HTML()
-        self._inside = widgets.Image(format="png", width=96 * 7, layout=widgets.Layout(max_width="100%"))
+        self._inside = widgets.Image(format="png", width=96 * 7, layout={"max_width": "100%", "display": "none"})
         top = widgets.HBox([self.view, self.stage, self.next_fault, self.fed, self.token, self.image])
         top.layout.flex_flow = "row wrap"
         self._box = widgets.VBox([top, self._picture, self._causes, self._inside, self._words])

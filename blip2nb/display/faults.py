@@ -87,7 +87,7 @@ def size(fault: Fault) -> str:
     return "not a number" if fault["inside"] else "seen in the weights alone"
 
 
-def tested(cause: Mapping[str, Any]) -> str:
+def outcome(cause: Mapping[str, Any]) -> str:
     """What the counter-test gave: "with eps 1e-06: 2.6e-05 → 0.0e+00, passed"; "" where there was none."""
     test = cause["counter_test"]
     if test is None:
@@ -124,7 +124,7 @@ class Faults:
         """Two lines for each group and one for those left out; none where there is no fault."""
         lines = []
         for group in self.groups[:MOST_GROUPS]:
-            fault, test = group.first, tested(group.cause)
+            fault, test = group.first, outcome(group.cause)
             lines.append(f"{fault['part']} {fault['module']} ({where(fault)}, {size(fault)})")
             lines.append(f"  {group.words_with_more}{f'; {test}' if test else ''}")
         return lines + ([self._rest] if self._rest else [])
@@ -162,7 +162,7 @@ def _row(group: Group) -> str:
         f"{html.escape(fault['part'])}, {html.escape(size(fault))}",
         f"{html.escape(where(fault))}<br><code>{html.escape(fault['module'])}</code>",
         html.escape(group.words_with_more) + _others(group),
-        html.escape(tested(group.cause)) or "–",
+        html.escape(outcome(group.cause)) or "–",
     )
     return "<tr>" + "".join(f"<td align='left' style='text-align:left'>{cell}</td>" for cell in cells) + "</tr>"
 
@@ -170,6 +170,6 @@ def _row(group: Group) -> str:
 def _others(group: Group, most: int = 2) -> str:
     items = ""
     for cause in group.others[:most]:
-        test = f" ({tested(cause)})" if cause["counter_test"] else ""
+        test = f" ({outcome(cause)})" if cause["counter_test"] else ""
         items += f"<li>{html.escape(said(group.first, cause) + test)}</li>"
     return f"<details><summary>or else</summary><ul>{items}</ul></details>" if items else ""

@@ -217,9 +217,9 @@ def _fault(group: faults.Group) -> dict[str, Any]:
         "where": faults.where(first),
         "size": faults.size(first),
         "words": group.words_with_more,
-        "tested": faults.tested(group.cause),
+        "tested": faults.outcome(group.cause),
         "evidence": group.cause["evidence"],
-        "others": [(faults.said(first, one), one["evidence"], faults.tested(one)) for one in group.others],
+        "others": [(faults.said(first, one), one["evidence"], faults.outcome(one)) for one in group.others],
         "opened": opened and faults.where(opened),
         "inside": [_look(place) for place in opened["inside"]] if opened else [],
         "places": [_place(fault) for fault in group.faults],
@@ -244,7 +244,7 @@ def _place(fault: Mapping[str, Any]) -> tuple[str, ...]:
     """A row for one of many faults of one cause."""
     cause = fault["causes"][0]
     named = (faults.where(fault), fault["part"], fault["module"])
-    return (*named, faults.size(fault), faults.said(fault, cause), faults.tested(cause) or "–")
+    return (*named, faults.size(fault), faults.said(fault, cause), faults.outcome(cause) or "–")
 
 
 # -- the figures

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip2nb.display.faults import Faults
+from blip2nb.display.faults import Faults, number
 
 if TYPE_CHECKING:
     from blip2nb.runs import Run
@@ -95,10 +95,13 @@ def numbers(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     if fixed:
         out.append(("layers, with remedy", f"error ÷ its own rounding between {min(fixed):.2f} and {max(fixed):.2f}"))
     out.append(
-        ("logits", f"relative error {logits['relative']:.1e}, same first token at {logits['top1_agreement']:.0%}")
+        (
+            "logits",
+            f"relative error {number(logits['relative'], '.1e')}, same first token at {logits['top1_agreement']:.0%}",
+        )
     )
     if "fixed" in logits:
-        out.append(("logits, with remedy", f"relative error {logits['fixed']['relative']:.1e}"))
+        out.append(("logits, with remedy", f"relative error {number(logits['fixed']['relative'], '.1e')}"))
     modes = report["captions"]["modes"]
     for mode, label in (
         ("greedy", "captions, greedy"),

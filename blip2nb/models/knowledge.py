@@ -40,6 +40,24 @@ def knowledge(
     return Known(held.true, held.same, held.named, differences)
 
 
+def knowledge_of_cast(weights: Weights | None, differences: Sequence[AttributeDifference] = ()) -> Known:
+    """The same for a model in half precision: each tensor should be the right one, cast.
+
+    Args:
+        weights: what `before_the_cast` gives.
+    """
+    if weights is None:
+        return Known(differences=differences)
+
+    def same(name: str, tensor: torch.Tensor) -> bool | None:
+        right = weights(name)
+        return (
+            None if right is None else torch.equal(right.reshape(tensor.shape).to(tensor.dtype), tensor.detach().cpu())
+        )
+
+    return Known(true=weights, same=same, differences=differences)
+
+
 def before_the_cast(folder: Path, opened: Callable[[], Opened | None]) -> Weights | None:
     """The float32 values of parameters that run in half precision: the directory's own, or, where those were cast, the
     source's; None where that is not at hand."""

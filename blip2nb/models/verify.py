@@ -16,7 +16,7 @@ import torch
 
 from blip2nb.errors import RequestError
 from blip2nb.models import evidence, huggingface, symptoms, takes
-from blip2nb.models.knowledge import before_the_cast, knowledge
+from blip2nb.models.knowledge import before_the_cast, knowledge, knowledge_of_cast
 from blip2nb.models.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
 from blip2nb.report import Report
 from blip2nb.trace.comparison import Comparison, compare, faulty
@@ -88,7 +88,7 @@ def verify(
         "random_weights": model.twin,
         "computed_in": dtype or (manifest.dtype if manifest.dtype in LOSSY else "float32"),
         "proof": "weights" if tape is None else "both",
-        "weights": prove_weights(folder, manifest, model, tape),
+        "weights": prove_weights(folder, manifest, model, tape, source),
         "pixel_values": None,
         "logits": None,
         "stages": [],
@@ -116,8 +116,15 @@ def verify(
 # -- the first proof
 
 
-def prove_weights(folder: Path, manifest: Manifest, model: Variant, tape: Tape | None) -> dict[str, Any]:
-    """Without running anything: every tensor accounted for, the way back bit for bit, the modules equal by hash."""
+def prove_weights(
+    folder: Path,
+    manifest: Manifest,
+    model: Variant,
+    tape: Tape | None,
+    source: Callable[[], Opened | None] = lambda: None,
+) -> dict[str, Any]:
+    """Without running anything: every tensor accounted for, the way back bit for bit, the modules equal by hash; of
+    tensors that were cast, equal to the source's cast, where that is at hand."""
     saved = open_folder(folder)
     held = shapes(saved)
     expected = _parameters_of(folder)
@@ -125,7 +132,7 @@ def prove_weights(folder: Path, manifest: Manifest, model: Variant, tape: Tape |
     expected = {name: shape for name, shape in expected.items() if name not in tied}
     roundtrip, differences = _round_trip(folder, manifest, model)
     lossy = manifest.dtype in LOSSY  # LAVIS's hashes are of the tensors before the cast
-    equal, different, checked = _modules(saved, model, None if lossy else tape)
+    equal, different, checked = _casts(folder, saved, source) if lossy else _modules(saved, model, tape)
     return {
         "written": len(held),
         "missing": sorted(name for name in expected if name not in held),
@@ -182,6 +189,17 @@ def _round_trip(folder: Path, manifest: Manifest, model: Variant) -> tuple[bool 
     gone = [name for name in manifest.parameters if name not in seen and name not in manifest.no_way_back]
     differences += [] if differences else [f"{name} cannot be computed back" for name in gone]
     return not differences, differences
+
+
+def _casts(folder: Path, saved: Any, source: Callable[[], Opened | None]) -> tuple[bool | None, list[str], int]:
+    """Compare each tensor of a directory that was cast with the source's, cast in the same way."""
+    right = before_the_cast(folder, source)
+    if right is None:
+        return None, [], 0
+    known = knowledge_of_cast(right)
+    judged = {name: known.same(name, saved[name].tensor()) for name in sorted(saved)}
+    different = [f"{name} is not the source's" for name, same in judged.items() if same is False]
+    return not different, different, sum(same is not None for same in judged.values())
 
 
 def parameter_names(different: Sequence[str], saved: Any, model: Variant) -> list[str]:
@@ -325,14 +343,28 @@ def _behaviour(
 ) -> _Behaviour:
     table = stages(model)
     known, unknown = _differences(tape, loaded.model, model)
-    exact = loaded.model.dtype == torch.float32
-    of_lavis = knowledge(model, tape, folder, source, unknown) if exact else Known(differences=unknown)
+    before = None if loaded.model.dtype == torch.float32 else before_the_cast(folder, source)
+    of_lavis = _known_weights(folder, model, tape, source, unknown)
+    if loaded.model.dtype != torch.float32:
+        of_lavis = knowledge_of_cast(before, unknown)
     with repaired(loaded.model, [difference for _, difference in known]):
-        before = None if exact else before_the_cast(folder, source)
         found = compare(tape, loaded.model, table, inputs, known=of_lavis, weights=before, progress=say)
     shipped = _as_shipped(found, loaded, table, tape, inputs, known) if known and not found.stopped else found
     findings = _of_inputs(list(found.findings), loaded, model, tape, inputs)
     return _Behaviour(table, shipped, found if known else None, known, unknown, findings)
+
+
+def _known_weights(
+    folder: Path,
+    model: Variant,
+    tape: Tape,
+    source: Callable[[], Opened | None],
+    differences: Sequence[AttributeDifference] = (),
+) -> Known:
+    """What is known of the tensors in the directory: LAVIS's hashes, or, where they were cast, the source's cast."""
+    if Manifest.read(folder).dtype in LOSSY:
+        return knowledge_of_cast(before_the_cast(folder, source), differences)
+    return knowledge(model, tape, folder, source, differences)
 
 
 def _as_shipped(
@@ -384,7 +416,7 @@ def findings(
     """
     manifest = Manifest.read(folder)
     model = manifest.model_variant
-    weights = prove_weights(folder, manifest, model, tape)
+    weights = prove_weights(folder, manifest, model, tape, source)
     loaded = huggingface.load(folder) if loaded is None else loaded
     if inputs is None:
         inputs = huggingface.forward_inputs(loaded, model, tape_images(tape)[0], tape.metadata["texts"])
@@ -403,12 +435,9 @@ def _of_inputs(
         if finding.stage == "pixels":
             causes = symptoms.pixel_causes(loaded, model, tape_images(tape)[0], inputs["pixel_values"], tape)
             finding = dataclasses.replace(finding, causes=tuple(ranked([*causes, *finding.causes])))
-        if (
-            tokens
-            and finding.part == "input"
-            and finding.stage in ("language.inputs_embeds", "language.attention_mask")
-        ):
-            finding = dataclasses.replace(finding, causes=tuple(ranked([*tokens, *finding.causes])))
+        if tokens and finding.stage in ("language.inputs_embeds", "language.attention_mask"):
+            causes = tuple(ranked([*tokens, *finding.causes]))
+            finding = dataclasses.replace(finding, causes=causes, module=symptoms.TOKENS, part="input")
             if any(one.stage == "language.inputs_embeds" for one in out):
                 continue  # the mask is as long as the text
         out.append(finding)
@@ -427,7 +456,7 @@ def _of_weights(
     told = {finding.module for finding in found}
     told |= {cause.module.rpartition(".")[0] for finding in found for cause in finding.causes}
     layers = [finding.module for finding in found if finding.part == "layer"]
-    of_lavis, saved = knowledge(model, tape, folder, source), open_folder(folder)
+    of_lavis, saved = _known_weights(folder, model, tape, source), open_folder(folder)
     at = {pair.candidate: pair.stage for pair in module_pairs(model)}
     at |= dict.fromkeys(("vision_model.embeddings", "vision_model.embeddings.patch_embedding"), "vision.embeddings")
     at |= {"": "qformer.embeddings"}  # the query tokens

@@ -15,7 +15,7 @@ from blip2nb.runs import Run
 from blip2nb.trace.stage import places
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant
-from blip2nb.weights.convert import LOSSY, Manifest
+from blip2nb.weights.convert import Manifest
 from blip2nb.weights.mapping import parameter_count
 
 log = logging.getLogger("blip2nb")
@@ -91,12 +91,12 @@ def _unrecorded(tape: Tape, manifest: Manifest) -> list[str]:
 
 
 def can_compare(proof: str, manifest: Manifest) -> bool:
-    """Whether behaviour is to be compared at all: asked for, sensible for these weights, and possible on this machine.
+    """Whether behaviour is to be compared at all: asked for, and possible on this machine.
 
     Raises:
         RequestError: both proofs were asked for, and there is not the memory.
     """
-    if proof == "weights" or (proof == "auto" and manifest.dtype in LOSSY):
+    if proof == "weights":
         return False
     short = memory_short(manifest.model_variant)
     if short and proof == "both":
@@ -154,9 +154,7 @@ def report_holds(run: Run, lavis_python: str | Path = "", chosen: Chosen | None 
 
 
 def completion(run: Run, manifest: Manifest, source: str | Path, base: str | Path = "") -> str:
-    """The commands that add the second proof to a run that has only the first; none where it was cast."""
-    if manifest.dtype in LOSSY:
-        return ""  # it differs from LAVIS's on purpose: the conversion to prove is the one with dtype auto
+    """The commands that add the second proof to a run that has only the first."""
     words = ["blip2nb", "capture", manifest.model, *(["--source", str(source)] if source else [])]
     words += ["--base", str(base)] if base else []
     words += ["--output", str(run.tape_path)]

@@ -41,8 +41,8 @@ class StageResult:
 
     Attributes:
         arrival_error: the largest distance of its inputs, as they arrived, to the reference's; of whole numbers and
-            masks, the share that differs. None for a stage without recorded inputs. In half precision, what a cast alone
-            can do counts as 0.
+            masks, the share that differs. None for a stage without recorded inputs. In half precision, what a cast
+            alone can do counts as 0.
         drift: distance of its output in an undisturbed run.
         local_error: distance of its output when fed the reference's inputs. None at a junction.
         rounding: distance of the candidate's output to the same stage in float64, on those inputs.
@@ -284,10 +284,12 @@ def _arrival(
     elif random is not None:
         module, causes = random.module, [random]
     else:
-        table = next((path for path in run.tables if _comes_from(run.outputs.get(path), arrived, expected)), None)
-        module, part = (table, "embedding") if table else (module, part)
         others = {place: forcing.recorded[place] for place in forcing.outputs_of_reference()}
         causes = [arrivals.explain(module, name, arrived, expected, others)]
+        table = next((path for path in run.tables if _comes_from(run.outputs.get(path), arrived, expected)), "")
+        if table and causes[0].id in ("embedding_scale", "unknown"):  # what the table gives is wrong, not where it goes
+            module, part = table, "embedding"
+            causes = [dataclasses.replace(causes[0], module=table)]
     return Finding(stage.name, module, part, result.arrival_error, None, None, None, (), tuple(causes))
 
 
@@ -381,7 +383,7 @@ def record(
 
 
 _CAST = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-"""Twice the rounding unit: what an addition between the stages can be off in half precision, and counts as nothing."""
+"""Twice the rounding unit: what an addition on the way can be off in half precision. It counts as nothing."""
 
 
 class TableError(ValueError):

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from blip2nb.display.faults import said, tested
+from blip2nb.display.faults import outcome, said
 from blip2nb.display.figures.axes import (
     add_legend,
     add_title,
@@ -193,7 +193,7 @@ def _causes(inside: _Inside, room: float) -> str:
     """The likeliest cause of the first faults, in lines of at most `room` inches."""
     lines = []
     for fault in inside.faults[:2]:
-        words, test = said(fault, fault["causes"][0]), tested(fault["causes"][0])
+        words, test = said(fault, fault["causes"][0]), outcome(fault["causes"][0])
         lines.append(f"{fault['part']}: {words}{f' ({test})' if test else ''}")
     if len(inside.faults) > len(lines):
         lines.append(f"and {as_count(len(inside.faults) - len(lines), 'more fault')}")
@@ -217,7 +217,7 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     inside = _Inside.of(report)
     words = f"{_finding(inside)}. {as_count(len(inside.names), 'place')} inside it in the order of execution."
     fault = inside.faults[0]
-    test = tested(fault["causes"][0])
+    test = outcome(fault["causes"][0])
     return f"{words} Likely cause: {said(fault, fault['causes'][0])}{f'; {test}' if test else ''}."
 
 
