@@ -107,6 +107,9 @@ def test_modules_of_one_name_are_told_apart() -> None:
         place.update(module=f"qformer.encoder.layer.1.{name}", at="out", rounding=1e-7)
     names = [label.get_text() for label in picture_of([one]).axes[0].get_xticklabels()]
     assert {"output.dense", "intermediate.dense"} < set(names)
+    one["inside"][8]["module"] = "decoder.block.1.layer.0"
+    names = [label.get_text() for label in picture_of([one]).axes[0].get_xticklabels()]
+    assert {"dense", "layer.0"} < set(names)
 
 
 @pytest.mark.filterwarnings("error")

@@ -212,13 +212,27 @@ class _Case:
         """The parameters in the part of the stage that a look judges, where they are not the right ones."""
         wrong = {name: one for name, one in self.parameters(look) if self.known.same(name, one) is False}
         if not wrong:
-            return []
+            return self.absent(look)
         causes = [self.weight(name, tensor) for name, tensor in wrong.items()]
         if all(self.tried[cause.id] >= ENOUGH for cause in causes):
             return causes
         self.tried.update({cause.id for cause in causes})
         test = self.weights_put_right(look, wrong)
         return [dataclasses.replace(cause, counter_test=test) for cause in causes]
+
+    def absent(self, look: Look) -> list[Cause]:
+        """Parameters that the reference has and the module does not: a bias that was never made."""
+        for path, module in self.modules(look):
+            for leaf in ("bias", "weight"):
+                name = f"{path}.{leaf}"
+                true = self.known.true(name) if getattr(module, leaf, module) is None else None
+                if true is not None:
+                    setattr(module, leaf, torch.nn.Parameter(true, requires_grad=False))
+                    test = self._after(look, f"with the reference's {leaf}")
+                    setattr(module, leaf, None)
+                    id = f"{leaf}_missing"
+                    return [Cause(id, f"{path} has no {leaf}", name, "the reference has one there", test)]
+        return []
 
     def weights_put_right(self, look: Look, wrong: Mapping[str, torch.Tensor]) -> CounterTest | None:
         right = {name: self.known.true(name) for name in wrong}
@@ -232,13 +246,19 @@ class _Case:
 
     def parameters(self, look: Look) -> Iterator[tuple[str, torch.Tensor]]:
         """Of the module that is blamed, without what other looks judge."""
+        for path, module in self.modules(look):
+            for leaf, tensor in module.named_parameters(recurse=False):
+                yield self.known_name(f"{path}.{leaf}", tensor), tensor
+
+    def modules(self, look: Look) -> Iterator[tuple[str, torch.nn.Module]]:
+        """The module that is blamed and those inside it, without what other looks judge; by whole path."""
         own = look.module.removeprefix(self.suspect.path).removeprefix(".")
         judged = {one.key.rpartition(":")[0] for one in self.looks if one.at == "out"} - {"", own}
         judged = {path for path in judged if not own or path.startswith(f"{own}.")}
-        for name, tensor in self.candidate.get_submodule(look.module).named_parameters():
-            inner = f"{own}.{name}".removeprefix(".").rpartition(".")[0]
+        for name, module in self.candidate.get_submodule(look.module).named_modules():
+            inner = f"{own}.{name}".strip(".")
             if not any(inner == path or inner.startswith(f"{path}.") for path in judged):
-                yield self.known_name(f"{look.module}.{name}", tensor), tensor
+                yield f"{look.module}.{name}".strip("."), module
 
     def known_name(self, name: str, tensor: torch.Tensor) -> str:
         """Of a tensor that is tied under several names, one by which something is known of it."""
@@ -679,7 +699,7 @@ SETTINGS = {
     "attention_head_size": "head_count",
     "head_dim": "head_count", "is_causal": "attention_mask", "has_relative_attention_bias": "position_bias_missing",
     "relative_attention_num_buckets": "position_bias", "relative_attention_max_distance": "position_bias",
-    "offset": "position_shifted", "padding_idx": "tokens",
+    "offset": "position_shifted", "padding_idx": "tokens", "do_layer_norm_before": "residual",
 }  # fmt: skip
 """What an attribute that differs is a cause of."""
 

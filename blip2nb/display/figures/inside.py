@@ -96,7 +96,8 @@ def _names(places: Sequence[Mapping[str, Any]]) -> list[str]:
     for place in places[:-1]:
         parts = place["module"].split(".")
         ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        end = next(e for e in ends if e == ends[-1] or sum(f".{one}".endswith(f".{e}") for one in modules) < 2)
+        own = [e for e in ends if not e.isdigit() and sum(f".{one}".endswith(f".{e}") for one in modules) < 2]
+        end = next(iter(own), ends[-1])
         names.append(end if place["at"] == "out" else place["part"])
     return [*names, places[-1]["part"]]  # the stage's own output, the work of the code behind its last module
 
