@@ -39,23 +39,47 @@ WEIGHTS = {
     "half": ("a.fc1.weight", W, lambda t: t.copy_(t.half().float()), "rounded_weights", "float16"),
     "bfloat16": ("a.fc1.weight", W, lambda t: t.copy_(t.bfloat16().float()), "rounded_weights", "bfloat16"),
     "transposed": ("a.fc1.weight", W, lambda t: t.copy_(t.T.clone()), "transposed", "transposed"),
-    "q and k": ("a.qkv.weight", QKV, lambda t: t.copy_(t.reshape(3, 24, 24)[[1, 0, 2]].reshape(72, 24)), "qkv_swapped", "key, query, value"),
+    "q and k": (
+        "a.qkv.weight",
+        QKV,
+        lambda t: t.copy_(t.reshape(3, 24, 24)[[1, 0, 2]].reshape(72, 24)),
+        "qkv_swapped",
+        "key, query, value",
+    ),
     "no v bias": ("a.qkv.bias", B, lambda t: t[48:].zero_(), "bias_missing", "value"),
     "no k": ("a.qkv.weight", QKV, lambda t: t[24:48].zero_(), "qkv_missing", "key"),
     "bias by one": ("a.fc1.bias", B, lambda t: t.copy_(t.roll(1)), "bias_shifted", "by 1"),
     "bias cut": ("a.fc1.bias", B, lambda t: t[1:].copy_(t[:-1].clone()), "bias_shifted", "by 1"),
-    "heads": ("a.self_attn.v_proj.weight", W, lambda t: t.copy_(t.reshape(4, 6, 24)[[2, 0, 1, 3]].reshape(24, 24)), "heads_permuted", "[2, 0, 1, 3]"),
-    "heads of o": ("a.self_attn.out_proj.weight", W, lambda t: t.copy_(t.reshape(24, 4, 6)[:, [1, 0, 2, 3]].reshape(24, 24)), "heads_permuted", "columns"),
+    "heads": (
+        "a.self_attn.v_proj.weight",
+        W,
+        lambda t: t.copy_(t.reshape(4, 6, 24)[[2, 0, 1, 3]].reshape(24, 24)),
+        "heads_permuted",
+        "[2, 0, 1, 3]",
+    ),
+    "heads of o": (
+        "a.self_attn.out_proj.weight",
+        W,
+        lambda t: t.copy_(t.reshape(24, 4, 6)[:, [1, 0, 2, 3]].reshape(24, 24)),
+        "heads_permuted",
+        "columns",
+    ),
     "twice": ("a.fc1.weight", W, lambda t: t.mul_(2), "scale", "2 ×"),
     "embedding": ("a.embed_tokens.weight", W, lambda t: t.mul_(24**-0.5), "embedding_scale", "0.204"),
     "positions by one": ("v.position_embedding", P, lambda t: t.copy_(t.roll(1, 1)), "position_shifted", "by 1"),
     "class token last": ("v.position_embedding", P, lambda t: t.copy_(t.roll(-1, 1)), "position_shifted", "by -1"),
-    "grid transposed": ("v.position_embedding", P, lambda t: t[:, 1:].copy_(t[:, 1:].reshape(1, 4, 4, 24).transpose(1, 2).reshape(1, 16, 24).clone()), "position_order", "transposed"),
+    "grid transposed": (
+        "v.position_embedding",
+        P,
+        lambda t: t[:, 1:].copy_(t[:, 1:].reshape(1, 4, 4, 24).transpose(1, 2).reshape(1, 16, 24).clone()),
+        "position_order",
+        "transposed",
+    ),
     "back to front": ("v.position_embedding", P, lambda t: t.copy_(t.flip(1)), "position_order", "back to front"),
     "one value": ("a.fc1.weight", W, lambda t: t[0, 0].add_(1e-6), "weight_changed", "1 of 576"),
     "trained on": ("a.fc1.weight", W, lambda t: t.add_(1e-3 * noise(24, 24, seed=1)), "weight_changed", "of its norm"),
     "another": ("a.fc1.weight", W, lambda t: t.copy_(noise(24, 24, seed=9)), "weight_changed", "little in common"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
@@ -194,10 +218,16 @@ ROWS = noise(1, 12, 6)
         ("inputs_embeds", torch.cat([ROWS[:, 8:], ROWS[:, :8]], 1), ROWS, "sequence_order", "first should"),
         ("inputs_embeds", 0.5 * ROWS, ROWS, "embedding_scale", "0.5 ×"),
         ("inputs_embeds", ROWS[:, 1:], ROWS, "tokens", "shape"),
-        ("attention_mask", torch.ones(1, 9), torch.cat([torch.ones(1, 8), torch.zeros(1, 1)], 1), "attention_mask", "11%"),
+        (
+            "attention_mask",
+            torch.ones(1, 9),
+            torch.cat([torch.ones(1, 8), torch.zeros(1, 1)], 1),
+            "attention_mask",
+            "11%",
+        ),
         ("input_ids", torch.tensor([[1, 2, 3]]), torch.tensor([[1, 2, 4]]), "tokens", "[0, 2]"),
     ],
-)  # fmt: skip
+)
 def test_what_arrives_is_told_from_what_should(name, found, expected, id, word):
     cause = arrivals.explain("model", name, found, expected, {})
     assert (cause.id, word in cause.words) == (id, True), cause

@@ -205,20 +205,25 @@ def module_pairs(variant: Variant) -> list[Pair]:
         for ours, theirs in stage.modules.items():
             reference = _join(stage.reference, ours)
             pairs[reference] = Pair(stage.name, reference, _join(stage.candidate, theirs))
-    for reference, candidate in _OUTSIDE[variant.language.kind].items():
-        pairs[reference] = Pair("", reference, candidate)
+    for reference, pair in _OUTSIDE[variant.language.kind].items():
+        pairs[reference] = Pair(pair[0], reference, pair[1])
     return list(pairs.values())
 
 
-# Modules with parameters that no stage calls as a whole: embeddings whose sum is a stage, and look-up tables.
+# Modules with parameters that no stage calls as a whole, embeddings whose sum is a stage and look-up tables: the stage
+# where what they give arrives, and their path in transformers.
+_PATCHES = ("vision.embeddings", "vision_model.embeddings.patch_embedding")
 _OUTSIDE = {
     "opt": {
-        "visual_encoder.patch_embed.proj": "vision_model.embeddings.patch_embedding",
-        "opt_model.model.decoder.embed_tokens": "language_model.model.decoder.embed_tokens",
+        "visual_encoder.patch_embed.proj": _PATCHES,
+        "opt_model.model.decoder.embed_tokens": (
+            "language.inputs_embeds",
+            "language_model.model.decoder.embed_tokens",
+        ),
     },
     "t5": {
-        "visual_encoder.patch_embed.proj": "vision_model.embeddings.patch_embedding",
-        "t5_model.shared": "language_model.shared",
+        "visual_encoder.patch_embed.proj": _PATCHES,
+        "t5_model.shared": ("language.inputs_embeds", "language_model.shared"),
     },
 }
 

@@ -433,11 +433,11 @@ def _of_inputs(
     tokens = symptoms.token_causes(loaded, model, inputs, tape)
     for finding in found:
         if finding.stage == "pixels":
-            causes = symptoms.pixel_causes(loaded, model, tape_images(tape)[0], inputs["pixel_values"], tape)
-            finding = dataclasses.replace(finding, causes=tuple(ranked([*causes, *finding.causes])))
+            pixels = symptoms.pixel_causes(loaded, model, tape_images(tape)[0], inputs["pixel_values"], tape)
+            finding = dataclasses.replace(finding, causes=tuple(ranked([*pixels, *finding.causes])))
         if tokens and finding.stage in ("language.inputs_embeds", "language.attention_mask"):
-            causes = tuple(ranked([*tokens, *finding.causes]))
-            finding = dataclasses.replace(finding, causes=causes, module=symptoms.TOKENS, part="input")
+            told = tuple(ranked([*tokens, *finding.causes]))
+            finding = dataclasses.replace(finding, causes=told, module=symptoms.TOKENS, part="input")
             if any(one.stage == "language.inputs_embeds" for one in out):
                 continue  # the mask is as long as the text
         out.append(finding)
@@ -458,8 +458,7 @@ def _of_weights(
     layers = [finding.module for finding in found if finding.part == "layer"]
     of_lavis, saved = _known_weights(folder, model, tape, source), open_folder(folder)
     at = {pair.candidate: pair.stage for pair in module_pairs(model)}
-    at |= dict.fromkeys(("vision_model.embeddings", "vision_model.embeddings.patch_embedding"), "vision.embeddings")
-    at |= {"": "qformer.embeddings"}  # the query tokens
+    at |= {"vision_model.embeddings": "vision.embeddings", "": "qformer.embeddings"}  # the query tokens' is no module
     out: dict[str, Finding] = {}
     for name in parameter_names([*weights["modules_different"], *weights["roundtrip_differences"]], saved, model):
         tensor, module = saved[name].tensor(), name.rpartition(".")[0]

@@ -55,6 +55,7 @@ class LavisSession:
 
     Attributes:
         connection_file: `jupyter console --existing FILE` opens a prompt in the same kernel.
+        at: the module that was entered last.
     """
 
     def __init__(self, environment: kernels.Lavis, opened: Opened, source: str):
@@ -64,6 +65,7 @@ class LavisSession:
         self.source_hash = json.loads(kernels.prepare(self.folder, opened, source).read_text())["source_hash"]
         self._manager, self._client = _start(environment, self.folder)
         self.connection_file = self._manager.connection_file
+        self.at = ""
         atexit.register(self.close)
         try:
             self.execute(_BUILD.format(folder=str(self.folder)))
@@ -109,6 +111,7 @@ class LavisSession:
         from safetensors.torch import load_file
 
         plain = json.loads(self.execute(_ENTER.format(path=path)).strip().splitlines()[-1])
+        self.at = path
         return LavisModule(path, self, plain | load_file(self.folder / "out.safetensors"))
 
     @property
@@ -176,6 +179,7 @@ class LavisModule:
         """Its main output on its own inputs, some of them replaced. Raises LavisError if it raises over there."""
         from safetensors.torch import load_file, save_file
 
+        self._enter_again()
         save_file({name: value.contiguous() for name, value in changes.items()}, self.session.folder / "in.safetensors")
         self.session.execute(_CALL)
         return load_file(self.session.folder / "out.safetensors")["output"]
@@ -183,7 +187,13 @@ class LavisModule:
     def execute(self, code: str) -> str:
         """Run Python beside it, where it is called `module`, the whole model `model`, and its arguments `inputs`:
         `step.reference.execute("module.eps = 1e-6")`. Returns what that shows."""
+        self._enter_again()
         return self.session.execute(code)
+
+    def _enter_again(self) -> None:
+        """Another module may have been entered since."""
+        if self.session.at != self.path:
+            self.session.module(self.path)
 
     @property
     def source(self) -> Any:

@@ -166,7 +166,7 @@ class _Case:
         if weights:  # the weight tells more exactly where
             module, part = self.owner(weights[0].module, module, part)
         if not causes:
-            causes = [Cause("unknown", _unexplained(look), module, "its weights and settings are the reference's")]
+            causes = [Cause("unknown", _unexplained(look), module, "no weight and no setting that is known differs")]
         return Finding(
             self.suspect.name, module, part, None, look.local_error, look.rounding, look.excess, self.looks,
             tuple(causes),
@@ -890,7 +890,7 @@ def _sum_cause(ours: Mapping[str, float] | None, theirs: Mapping[str, float]) ->
 
 
 def _unexplained(look: Look) -> str:
-    return f"its {look.part} computes something else than the reference's"
+    return f"what it computes is not what the reference does ({look.part})"
 
 
 # -- what can be read off the modules
