@@ -13,7 +13,7 @@ STRIP := -m nbstripout --keep-id --drop-tagged-cells injected-parameters \
 	metadata.language_info.codemirror_mode metadata.language_info.file_extension metadata.language_info.mimetype \
 	metadata.language_info.nbconvert_exporter metadata.language_info.pygments_lexer metadata.language_info.version"
 
-.PHONY: help demo test extended lint lab setup lavis twins tapes picture docs filter strip bench clean
+.PHONY: help demo test extended lint lab setup lavis twins tapes picture docs filter strip bench rates clean
 .NOTPARALLEL:  # two notebooks at once would write to one run
 
 help:  ## what can be made
@@ -73,6 +73,11 @@ strip: .venv/dev.done  ## take the outputs off the notebooks, as git does on `gi
 bench: setup  ## what conversions cost at full size: an hour, 51 GB of disk, and a machine with nothing else to do
 	$(BIN)/python -m benchmarks.convert --size all --in-memory --cast bfloat16 --costs
 	$(BIN)/python -m benchmarks.notebooks
+
+rates: setup lavis  ## how often faults are found, how often one is imagined, what a verification costs: an hour
+	$(BIN)/python -m benchmarks.faults
+	$(BIN)/python -m benchmarks.false_alarms
+	$(BIN)/python -m benchmarks.verification
 
 clean:  ## remove the environments, the book and everything in outputs/
 	rm -rf .venv .venv-lavis .transformers4 $(BOOK) $(filter-out outputs/README.md,$(wildcard outputs/*))

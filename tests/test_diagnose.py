@@ -321,7 +321,8 @@ def test_two_faults_are_both_found_and_each_alone(models):
     shift_bias(candidate[0])
     candidate[2].heads = 4
     found = trace.compare(reference, candidate, TABLE, noise(1, 10, 16))
-    assert [(one.stage, one.causes[0].id) for one in found.findings] == [("block.0", "bias_shifted"), ("block.2", "head_count")]  # fmt: skip
+    said = [(one.stage, one.causes[0].id) for one in found.findings]
+    assert said == [("block.0", "bias_shifted"), ("block.2", "head_count")]
     assert all(one.causes[0].proven for one in found.findings)
     report = found.report()["faults"][0]
     assert report["causes"][0]["counter_test"]["passed"]

@@ -92,7 +92,7 @@ def numbers(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("layers", f"{len(stages)} places, error ÷ its own rounding at most {worst['excess']:.3g} ({worst['name']})"),
     ]
-    if fixed:
+    if fixed and not report.get("faults"):
         out.append(("layers, with remedy", f"error ÷ its own rounding between {min(fixed):.2f} and {max(fixed):.2f}"))
     out.append(
         (
