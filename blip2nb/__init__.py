@@ -11,12 +11,14 @@ __all__ = [
     "Report",
     "Run",
     "Tape",
+    "break_it",
     "capture",
     "check",
     "convert",
     "diff",
     "explore",
     "export_figures",
+    "faults",
     "finish",
     "plan",
     "proven",
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "break_it": "api",
     "capture": "api",
     "check": "api",
     "check_proof": "api",
@@ -36,6 +39,7 @@ _HOMES = {
     "draw": "api",
     "explore": "api",
     "export_figures": "api",
+    "faults": "api",
     "finish": "api",
     "plan": "api",
     "proven": "api",

@@ -19,6 +19,7 @@ from blip2nb.weights.writer import parse_size
 if TYPE_CHECKING:
     from blip2nb.display.difference import Difference
     from blip2nb.display.explorer import Explorer
+    from blip2nb.models.break_it import Answer, Listing
     from blip2nb.models.files import Opened
     from blip2nb.models.inputs import Chosen, Paths
     from blip2nb.models.preview import Preview
@@ -452,6 +453,42 @@ def explore(target: str | Path | Run) -> Explorer:
     from blip2nb.display.explorer import Explorer
 
     return Explorer(_run_of(target))
+
+
+def break_it(target: str | Path | Run, fault: str, where: str = "", seed: int = 0) -> Answer:
+    """Make a known mistake in a converted model, and see whether the kit finds it. The run stays as it is: the mistake
+    is made in a copy, in a temporary folder or in memory.
+
+    Args:
+        target: a run's folder or name, a converted directory, or a run.
+        fault: the mistake's name; `faults` lists them.
+        where: the stage or module to make it at; midway among the places where it fits unless given.
+        seed: of the values it takes, where it has random ones.
+
+    Returns:
+        What was said and what should have been: `answer.findings`, `answer.shows`, `answer.marks`.
+
+    Raises:
+        RequestError: there is no such run, mistake or place, or no recording of LAVIS that fits the run.
+    """
+    from blip2nb.models.break_it import Bench
+    from blip2nb.run import reference
+
+    run = _run_of(target)
+    manifest = Manifest.read(run.model)
+    tape = reference.find_tape(run, manifest)
+    if tape is None:
+        again = reference.completion(run, manifest, run.source, run.base)
+        raise RequestError(f"There is no recording of LAVIS that fits {run.folder.name}. Make one: {again}")
+    bench = Bench(run.model, tape, lambda: _source_of(run))
+    return bench.ask(bench.case(fault, where), seed)
+
+
+def faults() -> Listing:
+    """The mistakes that `break_it` makes, as a table: name, kind, what is done wrong, and its likely cause."""
+    from blip2nb.models.break_it import Listing
+
+    return Listing()
 
 
 def show(target: str | Path | Run) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import random
 import shutil
@@ -15,13 +16,17 @@ from conftest import snapshot
 from safetensors import safe_open
 from torch import nn
 
-from benchmarks.faults import Expected, Said, drawn, judge, pairs
-from blip2nb.models import break_it, verify
+import blip2nb
+from benchmarks.faults import drawn, pairs
+from blip2nb.errors import RequestError
+from blip2nb.models import break_it
+from blip2nb.models.break_it import Expected, judge
 from blip2nb.models.files import open_source
 from blip2nb.run.reference import shipped_tape
 from blip2nb.runs import Run
 from blip2nb.trace import Stage, compare, faults
-from blip2nb.trace.causes import CAUSES
+from blip2nb.trace.causes import CAUSES, Cause
+from blip2nb.trace.diagnose import Finding
 from blip2nb.trace.faults import Target, same_bits
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import variant
@@ -33,7 +38,11 @@ KNOWN = "vision.post_layernorm"  # its eps is a known difference of today's tran
 
 @pytest.fixture(scope="module")
 def benches(converted: Callable[[str], Run]) -> Benches:
-    return functools.cache(lambda name: break_it.Bench(converted(name).model, Tape(shipped_tape(variant(name)))))
+    def bench(name: str) -> break_it.Bench:
+        tape = Tape(shipped_tape(variant(name)))
+        return break_it.Bench(converted(name).model, tape, lambda: open_source(variant(name)))
+
+    return functools.cache(bench)
 
 
 def state(model: nn.Module) -> list:
@@ -230,38 +239,138 @@ CERTAIN = (
 
 
 @pytest.mark.parametrize("name", [OPT, T5])
-def test_a_sample_of_the_catalogue_is_found_with_its_module_and_cause(benches: Benches, name: str, tmp_path: Path):
-    bench = benches(name)
-    opened = functools.cache(lambda: open_source(bench.variant))
-    order = [stage.name for stage in bench.stages]
-    wrong = []
-    for case in sample(bench, CERTAIN):
-        (one,) = case.faults
-        with case.planted(bench, tmp_path / "copy") as broken:
-            loaded = broken.loaded if one.fault.kind == "code" else None
-            inputs = broken.inputs if one.fault.kind == "inputs" else None
-            found = verify.findings(broken.folder, bench.tape, loaded=loaded, inputs=inputs, source=opened)
-        said = [Said(each.stage, each.module, tuple(cause.id for cause in each.causes)) for each in found]
-        marks = judge([Expected(one.stages, one.target, one.fault.also | {one.fault.cause})], said, order)
-        wrong += [] if marks.right else [f"{case}: {marks}, said {said[:2]}"]
+def test_a_sample_of_the_catalogue_is_found_with_its_module_and_cause(benches: Benches, name: str):
+    answers = [benches(name).ask(case) for case in sample(benches(name), CERTAIN)]
+    wrong = [str(answer) for answer in answers if answer.marks is None or not answer.marks.right]
     assert not wrong, "\n".join(wrong)
+
+
+def said(stage: str, module: str, *causes: str) -> Finding:
+    named = tuple(Cause(one, "", module) for one in causes)
+    return Finding(stage, module, "", None, None, None, None, causes=named)
 
 
 def test_marks_are_given_for_what_was_said():
     order = ["a", "b", "c"]
-    target = Target(("m.one", "m.two"))
-    expected = [Expected(("b",), target, frozenset({"eps", "scale"}))]
-    right = judge(expected, [Said("b", "m.two", ("scale", "unknown"))], order)
+    expected = [Expected(("b",), ("b",), Target(("m.one", "m.two")), frozenset({"eps", "scale"}))]
+    right = judge(expected, [said("b", "m.two", "scale", "unknown")], order)
     assert right.right
     assert right.three
-    late = judge(expected, [Said("b", "m", ("unknown", "residual", "eps")), Said("c", "m.one", ("eps",))], order)
+    late = judge(expected, [said("b", "m", "unknown", "residual", "eps"), said("c", "m.one", "eps")], order)
     assert (late.detected, late.stage, late.module, late.first, late.three, late.extra) == (*[True] * 3, False, True, 1)
-    early = judge(expected, [Said("a", "m.one", ("eps",)), Said("b", "m.one.inner", ("eps",))], order)
+    early = judge(expected, [said("a", "m.one", "eps"), said("b", "m.one.inner", "eps")], order)
     assert (early.detected, early.stage, early.module, early.first, early.extra) == (True, False, False, True, 1)
     assert not judge(expected, [], order).detected
-    both = [*expected, Expected(("c",), Target(("n",), whole=True), frozenset({"tied"}))]
-    assert judge(both, [Said("b", "m.one", ("eps",)), Said("c", "n.inner", ("tied",))], order).right
-    assert not judge(both, [Said("b", "m.one", ("eps",))], order).detected
+    both = [*expected, Expected(("c",), ("c",), Target(("n",), whole=True), frozenset({"tied"}))]
+    assert judge(both, [said("b", "m.one", "eps"), said("c", "n.inner", "tied")], order).right
+    assert not judge(both, [said("b", "m.one", "eps")], order).detected
+
+
+def test_where_a_fault_hardly_shows_it_may_be_found_or_not():
+    """It arises at a, b and c, and is above what rounding can hide from b on."""
+    expected = [Expected(("a", "b", "c"), ("b", "c"), Target(("m",)), frozenset({"eps"}))]
+    found = {stage: said(stage, "m", "eps") for stage in "abc"}
+    for stages, right in (("abc", True), ("bc", True), ("b", True), ("c", False), ("", False)):
+        marks = judge(expected, [found[stage] for stage in stages], ["a", "b", "c"])
+        assert marks.right == right, stages
+
+
+# -- asked for
+
+
+@pytest.mark.parametrize("name", [OPT, T5])
+def test_an_answer_shows_what_was_planted_and_what_was_said(benches: Benches, name: str):
+    answer = benches(name).ask(benches(name).case("head_count", "vision.block.02"))
+    assert answer.shows == ("vision.block.02",)
+    assert answer.visible
+    assert answer.first is answer.findings[0]
+    for text in (repr(answer), answer._repr_html_()):
+        for word in (*answer.rows()[1], "head_count", "vision.block.02", "Stage, module and cause are right."):
+            assert word in text
+    assert answer.report["first_divergence"]["stage"] == "vision.block.02"
+
+
+def test_what_no_output_depends_on_is_visible_in_the_weights(benches: Benches):
+    answer = benches(OPT).ask(benches(OPT).case("key_bias"))
+    assert answer.shows == ()
+    assert answer.comparison.faults == []
+    assert answer.visible
+    assert answer.marks is not None
+    assert answer.marks.right
+
+
+def test_what_cannot_be_seen_need_not_be_found(benches: Benches):
+    bench = benches(OPT)
+    eps = bench.cases(break_it.CATALOGUE["eps"])
+    placed = [case for case in eps if case.faults[0].target.form == "1e-12"]
+    answers = [bench.ask(case) for case in placed[:6]]
+    for answer in answers:
+        assert answer.visible == bool(answer.shows)
+        assert "cannot be seen" in answer.summary if not answer.visible else answer.marks.right
+    assert not all(answer.visible for answer in answers)
+
+
+def test_several_at_once_are_each_marked(benches: Benches):
+    bench = benches(OPT)
+    both = bench.case("bias_shifted", "vision.block.00") + bench.case("head_count", "language.block.03")
+    answer = bench.ask(both)
+    assert answer.marks is not None
+    assert answer.marks.right
+    assert [row[1] for row in answer.rows() if row[0] == "stage"] == ["vision.block.00", "language.block.03"]
+
+
+def test_asking_leaves_the_model_the_files_and_the_generator_as_they_were(benches: Benches):
+    bench = benches(OPT)
+    files, before, weights = snapshot(bench.folder), state(bench.loaded.model), bits(bench.loaded.model)
+    torch.manual_seed(7)
+    chance = torch.random.get_rng_state()
+    for fault in ("dropout", "weight_missing", "eps_configured", "prompt"):
+        bench.ask(bench.case(fault))
+    assert snapshot(bench.folder) == files
+    assert state(bench.loaded.model) == before
+    assert all(same_bits(one, weights[name]) for name, one in bench.loaded.model.named_parameters())
+    assert torch.equal(torch.random.get_rng_state(), chance)
+
+
+def test_a_fault_or_place_that_is_not_there_is_refused_with_the_nearest(benches: Benches):
+    bench = benches(OPT)
+    with pytest.raises(RequestError, match=r"no fault 'head_cuont'\. Did you mean 'head_count'"):
+        bench.case("head_cuont")
+    with pytest.raises(
+        RequestError, match=r"head_count does not fit at 'vision\.blok\.02'\. Did you mean 'vision\.block\.02'"
+    ):
+        bench.case("head_count", "vision.blok.02")
+    with pytest.raises(RequestError, match=r"start_configured cannot be made in tiny-blip2-opt-2\.7b"):
+        bench.case("start_configured")
+    module = "vision_model.encoder.layers.2.self_attn"
+    assert bench.case("head_count", module).faults[0].target.modules == (module,)
+
+
+def test_the_verb_breaks_a_copy_of_a_run(converted: Callable[[str], Run]):
+    run = converted(OPT)
+    before = snapshot(run.folder)
+    answer = blip2nb.break_it(run, "transposed", "language.block.01")
+    assert answer.marks is not None
+    assert answer.marks.right
+    assert snapshot(run.folder) == before
+
+
+def test_the_verb_says_where_a_recording_is_missing(model_copy: Callable[[str], Run]):
+    run = model_copy(OPT)
+    manifest = run.model / "blip2nb.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "weights_hash": "0" * 64}))
+    with pytest.raises(RequestError, match=r"no recording of LAVIS that fits .* blip2nb capture"):
+        blip2nb.break_it(run, "transposed")
+
+
+def test_the_catalogue_is_listed_as_a_table(benches: Benches):
+    for listing in (blip2nb.faults(), benches(OPT).catalogue()):
+        for text in (repr(listing), listing._repr_html_()):
+            assert all(name in text for name in break_it.CATALOGUE)
+    counted = {row[0]: row[2] for row in benches(OPT).catalogue().rows()}
+    assert counted["start_configured"] == "0"
+    assert counted["image_resample"] == "3"
 
 
 def test_pairs_do_not_touch_one_another(benches: Benches):

@@ -1,10 +1,13 @@
-"""Faults in a converted BLIP-2: the catalogue's, and those of its configuration, its processor and its inputs.
+"""Faults in a converted BLIP-2: planting those of the catalogue and its own, and marking what the kit says of them.
 
     from blip2nb.models import break_it
 
     bench = break_it.Bench(run.model, tape)
-    case = bench.cases(break_it.CATALOGUE["image_mean"])[0]
-    with case.planted(bench, scratch, seed=0) as broken:          # broken.folder, broken.loaded, broken.inputs
+    case = bench.case("head_count", "vision.block.02")
+    answer = bench.ask(case)                                      # planted, measured, asked for, taken back
+    answer.findings, answer.shows, answer.marks                   # what was said, where it shows, what of it is right
+
+    with case.planted(bench, scratch, seed=0) as broken:          # by hand: broken.folder, broken.loaded, broken.inputs
         trace.compare(tape, broken.loaded.model, bench.stages, broken.inputs)
 
 The converted directory itself is never touched: faults of files and configuration are put into a copy. A recording
@@ -16,11 +19,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import fnmatch
 import functools
+import html
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,18 +35,25 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from blip2nb.models import huggingface
+from blip2nb.errors import RequestError
+from blip2nb.models import huggingface, verify
 from blip2nb.models.configuration import IMAGE_MEAN, IMAGE_STD
-from blip2nb.models.stages import stages
-from blip2nb.models.verify import tape_images
+from blip2nb.models.stages import module_pairs, stages
+from blip2nb.report import Report, finite
 from blip2nb.trace import faults
 from blip2nb.trace.anatomy import ACTIVATIONS, activations, attentions, norms
+from blip2nb.trace.causes import CAUSES
+from blip2nb.trace.comparison import ARRIVAL_TOLERANCE, Comparison, compare
+from blip2nb.trace.diagnose import Finding, attribute_differences, repaired
 from blip2nb.trace.faults import Fault, Target, catalogue
+from blip2nb.trace.metrics import distance, exceeds
 from blip2nb.trace.tape import Tape
 from blip2nb.weights.convert import Manifest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from blip2nb.models.files import Opened
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +76,95 @@ class Bench:
 
     Attributes:
         folder, tape: as given.
+        source: opens what the directory was converted from, once, or gives None; asked for the right weights.
         variant, stages: what the directory holds, and the places to compare.
         loaded, image, inputs: the model as it is, the image it is shown, and what it is called with.
+        known: where the modules of today's transformers differ from LAVIS's; put right wherever something is measured.
     """
 
-    def __init__(self, folder: Path, tape: Tape):
-        self.folder, self.tape = folder, tape
+    def __init__(self, folder: Path, tape: Tape, source: Callable[[], Opened | None] = lambda: None):
+        self.folder, self.tape, self.source = folder, tape, functools.cache(source)
         self.variant = Manifest.read(folder).model_variant
         self.stages = stages(self.variant)
         self.loaded = huggingface.load(folder)
-        self.image: Image = tape_images(tape)[0]
+        self.image: Image = verify.tape_images(tape)[0]
         self.texts: dict[str, list[str]] = tape.metadata["texts"]
         self.inputs = self.prepared(self.loaded)
+        pairs = [(pair.stage, pair.reference, pair.candidate) for pair in module_pairs(self.variant)]
+        self.known = attribute_differences(tape.metadata["attributes"], self.loaded.model, pairs)
 
     def prepared(self, loaded: huggingface.Loaded) -> dict[str, Any]:
         """What a model is called with, by its own processor."""
         return huggingface.forward_inputs(loaded, self.variant, self.image, self.texts)
+
+    @functools.cached_property
+    def healthy(self) -> Comparison:
+        """Every stage of the model as it is."""
+        return self.measure(self.loaded, self.inputs)
+
+    def measure(self, loaded: huggingface.Loaded, inputs: Mapping[str, Any]) -> Comparison:
+        """Every stage fed LAVIS's values, with the known differences put right, and no diagnosis."""
+        with repaired(loaded.model, self.known):
+            try:
+                return compare(self.tape, loaded.model, self.stages, inputs, explain=False)
+            except Exception:  # it stops on the way, as it may for a text of another length: keep what was seen before
+                return compare(self.tape, loaded.model, self.stages, inputs)
+
+    def ask(self, case: Case, seed: int = 0) -> Answer:
+        """Plant a case, measure where it shows, ask the kit what is wrong, take it back, and mark what was said.
+
+        Args:
+            seed: of the random values that the case takes, and of dropout.
+
+        Raises:
+            ValueError: a fault changes nothing there.
+        """
+        healthy = self.healthy  # measured before anything is planted
+        with tempfile.TemporaryDirectory() as scratch, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            with case.planted(self, Path(scratch) / "model", seed) as broken:
+                seen = self.measure(broken.loaded, broken.inputs)
+                found, error = self._findings(broken)
+        shown = tuple(stage for stage in case.stages if shows(stage, healthy, seen))
+        expected = tuple(_expected(one, shown) for one in case.faults)
+        visible = all(one.must for one in expected)
+        marks = judge(expected, found, [stage.name for stage in self.stages]) if visible else None
+        return Answer(case, found, shown, expected, marks, dataclasses.replace(seen, findings=found), error)
+
+    def _findings(self, broken: Broken) -> tuple[tuple[Finding, ...], str]:
+        """What the kit says, and what it raised instead."""
+        live: dict[str, Any] = {"loaded": broken.loaded, "inputs": broken.inputs}
+        try:
+            return tuple(verify.findings(broken.folder, self.tape, source=self.source, **live)), ""
+        except Exception as error:  # no answer is a wrong one, and says why
+            return (), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+    def case(self, fault: str, where: str = "") -> Case:
+        """A fault of the catalogue, by name, midway among the places where it fits.
+
+        Args:
+            where: only at this stage, or in this module.
+
+        Raises:
+            RequestError: there is no such fault, it cannot be made in this model, or does not fit there. The message
+                names what is nearest.
+        """
+        if fault not in CATALOGUE:
+            near = _nearest(fault, CATALOGUE)
+            raise RequestError(f"There is no fault {fault!r}.{near} `blip2nb.faults()` lists all {len(CATALOGUE)}.")
+        cases = self.cases(CATALOGUE[fault])
+        if not cases:
+            raise RequestError(f"{fault} cannot be made in {self.variant.name}: it fits nowhere there.")
+        found = [case for case in cases if where in ("", *case.stages, *case.faults[0].target.modules)]
+        if not found:
+            at = list(dict.fromkeys(stage for case in cases for stage in case.stages))
+            some = ", ".join(at if len(at) < 7 else [*at[:3], "…", *at[-2:]])
+            raise RequestError(f"{fault} does not fit at {where!r}.{_nearest(where, at)} It fits at {some}.")
+        return found[len(found) // 2]
+
+    def catalogue(self) -> Listing:
+        """The catalogue, with the number of places where each fault fits."""
+        return Listing({name: len(self.cases(fault)) for name, fault in CATALOGUE.items()})
 
     def cases(self, fault: Fault) -> list[Case]:
         """Everywhere the fault fits, at every depth."""
@@ -101,6 +188,11 @@ class Bench:
 
     def _named(self, patterns: Sequence[str]) -> list[str]:
         return [one.name for one in self.stages if any(fnmatch.fnmatchcase(one.name, each) for each in patterns)]
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 # Modules that no stage holds, and the stages at which what they give arrives
@@ -226,6 +318,246 @@ def _edit(path: Path, setting: str, value: Any) -> None:
     part[name] = value
     path.unlink()  # not written through a link
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+# -- what is said of a case, and whether it is right
+
+
+VISIBLE = 5.0
+"""A stage shows a fault for certain where its output moves by more than this times its own rounding.
+
+A fault of f roundings gives an excess of √(1 + f²), and the roundings themselves at least 0.64 of that (see
+`blip2nb.trace.metrics.THRESHOLD`): from 4.6 on it is above the threshold of 3, whatever they do. A smaller one may be
+found or not, and either is right.
+"""
+
+
+def shows(stage: str, before: Comparison, after: Comparison) -> bool:
+    """Whether a stage shows what was done to a model: by what it gives, or by what arrives there.
+
+    Args:
+        before, after: every stage fed LAVIS's values, without the fault and with it.
+    """
+    if after.stopped or exceeds(after[stage].arrival_error, ARRIVAL_TOLERANCE):
+        return True
+    rounding = before[stage].rounding
+    if rounding is None:  # a place between stages computes nothing
+        return False
+    found = after.local_outputs.get(stage)
+    moved = math.inf if found is None else distance(found, before.local_outputs[stage])
+    return exceeds(moved, VISIBLE * rounding)
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """What a right answer says of one fault.
+
+    Attributes:
+        stages: where it arises; to find it at any of these is no mistake.
+        must: those of them where it shows, so that it has to be found at the first at the latest; none where it cannot
+            be seen. A wrong weight is there to be found whether or not it shows.
+        target: its place.
+        causes: what it may be called.
+    """
+
+    stages: tuple[str, ...]
+    must: tuple[str, ...]
+    target: Target
+    causes: frozenset[str]
+
+
+def _expected(placed: Placed, shown: Sequence[str]) -> Expected:
+    fault, stages = placed.fault, placed.stages
+    must = tuple(stage for stage in stages if stage in shown)
+    if fault.kind == "files" and len(placed.target.names) > 1:
+        must = stages
+    elif fault.kind == "files":  # a table that serves two stages: a row of it may be used at one of them
+        must = must or stages
+    return Expected(stages, must, placed.target, fault.also | {fault.cause})
+
+
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """Which questions were answered right, of one fault or of all that were planted together.
+
+    Attributes:
+        detected: something is found at one of its stages.
+        stage: at the first where it must be, or before, and nothing that is right is blamed earlier.
+        module: what is named there is a module at fault, the one that holds it, or, where all of it is, one in it.
+        first, three: the cause named first there, or one of the first three, is right.
+        extra: stages that are blamed and have no fault.
+    """
+
+    detected: bool
+    stage: bool
+    module: bool
+    first: bool
+    three: bool
+    extra: int = 0
+
+    @property
+    def right(self) -> bool:
+        return self.detected and self.stage and self.module and self.first and not self.extra
+
+
+def judge(expected: Sequence[Expected], findings: Sequence[Finding], order: Sequence[str]) -> Marks:
+    """Mark what was said of one fault, or of several at once: then all must be right.
+
+    Args:
+        order: the names of all stages.
+    """
+    each = [_mark(one, findings) for one in expected]
+    at_fault = {stage for one in expected for stage in one.stages}
+    blamed = [stage for stage in order if any(finding.stage == stage for finding in findings)]
+    return Marks(
+        detected=all(one.detected for one in each),
+        stage=all(one.stage for one in each) and at_fault.issuperset(blamed[:1]),
+        module=all(one.module for one in each),
+        first=all(one.first for one in each),
+        three=all(one.three for one in each),
+        extra=len(set(blamed) - at_fault),
+    )
+
+
+def _mark(one: Expected, findings: Sequence[Finding]) -> Marks:
+    finding = _said_of(one, findings)
+    if finding is None:
+        return Marks(False, False, False, False, False)
+    ids = [cause.id for cause in finding.causes]
+    in_time = one.stages.index(finding.stage) <= one.stages.index(one.must[0])
+    first, three = (not one.causes.isdisjoint(ids[:count]) for count in (1, 3))
+    return Marks(True, in_time, one.target.names_module(finding.module), first, three)
+
+
+def _said_of(one: Expected, findings: Sequence[Finding]) -> Finding | None:
+    """What is found at the first of a fault's stages where something is."""
+    return next((each for stage in one.stages for each in findings if each.stage == stage), None)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer:
+    """What the kit said of a case, beside what is right. Shows both in a notebook.
+
+    Attributes:
+        case: what was planted.
+        findings: what was said, in the order of the network.
+        shows: those of the case's stages that show it, measured on the model before and after, without the diagnosis.
+        expected: what a right answer says, of each fault.
+        marks: which of it was said; None where a fault cannot be seen, and need not be found.
+        comparison: every stage of the model with the fault in it, and the findings.
+        error: what the kit raised instead of an answer.
+    """
+
+    case: Case
+    findings: tuple[Finding, ...]
+    shows: tuple[str, ...]
+    expected: tuple[Expected, ...]
+    marks: Marks | None
+    comparison: Comparison
+    error: str = ""
+
+    @property
+    def visible(self) -> bool:
+        """Whether it can be seen at all: it changes a weight, or what a stage gives or gets."""
+        return self.marks is not None
+
+    @property
+    def first(self) -> Finding | None:
+        """What was said of the fault, or of the first of several."""
+        return _said_of(self.expected[0], self.findings)
+
+    @property
+    def report(self) -> Report:
+        """What the figures need: `answer.report.figure("depth_trace")`."""
+        return Report(finite({**self.comparison.report(), "summary": self.summary}), {})
+
+    @property
+    def summary(self) -> str:
+        """Whether the answer is right, in a sentence."""
+        marks = self.marks
+        if self.error:
+            return f"There is no answer: {self.error}"
+        if marks is None:
+            found = "It was found all the same." if self.findings else "Nothing is said of it, which is right."
+            return (
+                f"It changes no weight, and no output by more than rounding may: it cannot be seen for certain. {found}"
+            )
+        if not marks.detected:
+            return "It was not found."
+        wrong = [what for what in ("stage", "module") if not getattr(marks, what)]
+        wrong += [] if marks.first else ["cause (a right one comes later)" if marks.three else "cause"]
+        extra = f" Stages that are right were blamed, too: {marks.extra}." if marks.extra else ""
+        return (
+            f"Found, but not the right {', '.join(wrong)}." if wrong else "Stage, module and cause are right."
+        ) + extra
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Stage, module and cause of each fault: which it is, what it should be, what was said."""
+        rows = []
+        for one in self.expected if self.visible else ():
+            said = _said_of(one, self.findings)
+            causes = ", ".join(cause.id for cause in said.causes[:3]) if said else ""
+            rows += [
+                ("stage", one.must[0], said.stage if said else "nothing"),
+                ("module", one.target.modules[0], said.module if said else ""),
+                ("cause", " or ".join(sorted(one.causes)), causes),
+            ]
+        return rows
+
+    def _head(self) -> str:
+        words = " ".join(dict.fromkeys(one.fault.words for one in self.case.faults))
+        return f"{self.case}. {words} It shows at {', '.join(self.shows) or 'no stage'}."
+
+    def __repr__(self) -> str:
+        width = max((len(should) for _, should, _ in self.rows()), default=0)
+        rows = [f"  {what:8}should be {should:{width}}  said {said}" for what, should, said in self.rows()]
+        return "\n".join([self._head(), *rows, self.summary])
+
+    def _repr_html_(self) -> str:
+        said = [str(finding) for finding in self.findings[:_MOST]]
+        said += [f"and {len(self.findings) - _MOST} more"] if len(self.findings) > _MOST else []
+        table = _table(("", "should be", "said"), self.rows()) if self.visible else ""
+        items = "".join(f"<li>{html.escape(one)}</li>" for one in said)
+        return f"<p>{html.escape(self._head())}</p>{table}<p>{html.escape(self.summary)}</p><ul>{items}</ul>"
+
+
+_MOST = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """The catalogue as a table.
+
+    Attributes:
+        places: name -> the number of places where the fault fits a model, where one was looked at.
+    """
+
+    places: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Name, kind, places if they were counted, what was done wrong, and what the likely answer is called."""
+        return [
+            (name, one.kind, *([str(self.places[name])] if self.places else []), one.words, CAUSES[one.cause])
+            for name, one in CATALOGUE.items()
+        ]
+
+    def __repr__(self) -> str:
+        widths = [max(map(len, column)) for column in zip(*self.rows(), strict=True)]
+        lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in self.rows())
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        counted = ["places"] if self.places else []
+        return _table(("fault", "kind", *counted, "what is done wrong", "likely cause"), self.rows())
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Iterable[str], tag: str) -> str:
+        return (
+            "<tr>" + "".join(f"<{tag} style='text-align:left'>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        )
+
+    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
 
 
 # -- faults in the configuration

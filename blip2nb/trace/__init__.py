@@ -8,9 +8,17 @@ trace.compare(reference, candidate, stages, inputs)
 
 from blip2nb.trace.stage import Stage
 
-__all__ = ["Comparison", "Stage", "Step", "Tape", "compare", "enter_both"]
+__all__ = ["Comparison", "Finding", "Known", "Stage", "Step", "Tape", "compare", "enter_both"]
 
-_HOMES = {"Comparison": "comparison", "compare": "comparison", "Step": "step", "enter_both": "step", "Tape": "tape"}
+_HOMES = {
+    "Comparison": "comparison",
+    "compare": "comparison",
+    "Finding": "diagnose",
+    "Known": "diagnose",
+    "Step": "step",
+    "enter_both": "step",
+    "Tape": "tape",
+}
 
 
 def __dir__() -> list[str]:

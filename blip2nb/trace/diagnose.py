@@ -94,6 +94,16 @@ class Known:
                 if mine in own and own[mine].shape == tensor.shape:
                     right.setdefault(mine, tensor.data)
 
+        return cls.of_weights(right, attribute_differences(attributes(reference), candidate, pairs))
+
+    @classmethod
+    def of_weights(cls, right: Mapping[str, torch.Tensor], differences: Sequence[AttributeDifference] = ()) -> Known:
+        """What a recording cannot tell, from the weights themselves.
+
+        Args:
+            right: the candidate's name of a parameter -> the tensor that should be there.
+        """
+
         def named(tensor: torch.Tensor) -> list[str]:
             return [name for name, one in right.items() if one.shape == tensor.shape and torch.equal(one, tensor)]
 
@@ -101,7 +111,7 @@ class Known:
             true=right.get,
             same=lambda name, tensor: torch.equal(right[name], tensor.data) if name in right else None,
             named=named,
-            differences=attribute_differences(attributes(reference), candidate, pairs),
+            differences=differences,
         )
 
 
