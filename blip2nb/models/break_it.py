@@ -499,7 +499,7 @@ class Answer:
             causes = ", ".join(cause.id for cause in said.causes[:3]) if said else ""
             rows += [
                 ("stage", one.must[0], said.stage if said else "nothing"),
-                ("module", one.target.modules[0], said.module if said else ""),
+                ("module", one.target.modules[0], (said.module or "the model itself") if said else ""),
                 ("cause", " or ".join(sorted(one.causes)), causes),
             ]
         return rows

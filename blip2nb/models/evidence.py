@@ -6,6 +6,7 @@ for report.json and arrays for arrays.safetensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,17 +65,18 @@ def pixels(folder: Path, tape: Tape, pil: torch.Tensor, image: Image) -> tuple[d
     other = default.image_processor(images=[image], return_tensors="pt")["pixel_values"]
     std = torch.tensor(configuration.IMAGE_STD).view(3, 1, 1)
     mean = torch.tensor(configuration.IMAGE_MEAN).view(3, 1, 1)
-    levels = {name: ((expected - value)[0] * std * 255).round() for name, value in (("pil", pil), ("default", other))}
+    fits = {name: one for name, one in (("pil", pil), ("default", other)) if one.shape == expected.shape}
+    levels = {name: ((expected - value)[0] * std * 255).round() for name, value in fits.items()}
     shown = ((expected[0] * std + mean) * 255).round().to(torch.uint8).permute(1, 2, 0)
     arrays = {f"pixels/{name}": value.clamp(-127, 127).to(torch.int8).numpy() for name, value in levels.items()}
     return {
-        "max_abs": (pil - expected).abs().max().item(),
+        "max_abs": (pil - expected).abs().max().item() if "pil" in fits else math.inf,
         "equal": torch.equal(pil, expected),
         "default": {
             "processor": type(default.image_processor).__name__,
-            "max_abs": (other - expected).abs().max().item(),
-            "share": (levels["default"] != 0).double().mean().item(),
-            "grey_levels": int(levels["default"].abs().max()),
+            "max_abs": (other - expected).abs().max().item() if "default" in fits else math.inf,
+            "share": (levels["default"] != 0).double().mean().item() if "default" in fits else 1.0,
+            "grey_levels": int(levels["default"].abs().max()) if "default" in fits else 255,
         },
     }, arrays | {"pixels/image": shown.numpy().copy()}
 

@@ -37,15 +37,21 @@ def load(folder: Path, dtype: str = "float32") -> Loaded:
     import torch
     from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
-    with _quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model, info = Blip2ForConditionalGeneration.from_pretrained(
-            folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
-        )
+    try:
+        with _quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model, info = Blip2ForConditionalGeneration.from_pretrained(
+                folder, dtype=getattr(torch, dtype), output_loading_info=True, local_files_only=True
+            )
+        processor = AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise RequestError(
+            f"{folder} does not load ({type(error).__name__}: {first}). Convert again with --overwrite."
+        ) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
             raise RequestError(f"{folder} does not load whole: {what.replace('_', ' ')}: {sorted(info[what])[:3]}.")
-    processor = AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     return Loaded(model.eval(), processor)
 
 

@@ -200,11 +200,11 @@ class Pair:
 
 def module_pairs(variant: Variant) -> list[Pair]:
     """Every pair of modules that the stages name, each once."""
-    pairs = {}
+    pairs: dict[str, Pair] = {}
     for stage in stages(variant):
         for ours, theirs in stage.modules.items():
             reference = _join(stage.reference, ours)
-            pairs[reference] = Pair(stage.name, reference, _join(stage.candidate, theirs))
+            pairs.setdefault(reference, Pair(stage.name, reference, _join(stage.candidate, theirs)))
     for reference, pair in _OUTSIDE[variant.language.kind].items():
         pairs[reference] = Pair(pair[0], reference, pair[1])
     return list(pairs.values())

@@ -75,6 +75,8 @@ def _equal(found: Any, wanted: Any) -> bool:
 def _word(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "(" + ", ".join(f"{one:.4g}" for one in value) + ")"
+    if hasattr(value, "height"):
+        return f"{value.height} × {value.width}"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -96,7 +98,8 @@ def token_causes(loaded: Loaded, variant: Variant, inputs: Mapping[str, Any], ta
         if images != list(range(variant.qformer.queries)):
             first = f"at {images[0]}" if images else "nowhere"
             words = f"the image's {len(images)} places begin {first}, LAVIS's {variant.qformer.queries} at 0"
-            causes.append(Cause("sequence_order", words, TOKENS, "read off the input ids"))
+            id = "sequence_order" if len(images) == variant.qformer.queries else "tokens"
+            causes.append(Cause(id, words, TOKENS, "read off the input ids"))
         if text != theirs:
             causes.append(_text(text, theirs, tokenizer))
     return causes

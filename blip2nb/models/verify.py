@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +21,8 @@ from blip2nb.models import evidence, huggingface, symptoms, takes
 from blip2nb.models.knowledge import before_the_cast, knowledge, knowledge_of_cast
 from blip2nb.models.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
 from blip2nb.report import Report
-from blip2nb.trace.comparison import Comparison, compare, faulty
+from blip2nb.trace.causes import Cause
+from blip2nb.trace.comparison import Comparison, TableError, compare, faulty
 from blip2nb.trace.diagnose import (
     AttributeDifference,
     Finding,
@@ -27,6 +30,7 @@ from blip2nb.trace.diagnose import (
     attribute_differences,
     ranked,
     repaired,
+    still,
     weight_cause,
 )
 from blip2nb.trace.metrics import compare_logits, distance
@@ -34,7 +38,7 @@ from blip2nb.trace.tape import recording
 from blip2nb.trace.weights import kind_of
 from blip2nb.variants import Variant
 from blip2nb.weights import hashing, stored
-from blip2nb.weights.convert import LOSSY, Manifest, inverse_tensors
+from blip2nb.weights.convert import LOSSY, Manifest, file_hash, inverse_tensors
 from blip2nb.weights.mapping import MappingError, Plan, entries
 from blip2nb.weights.sources import open_folder, shapes
 
@@ -103,8 +107,9 @@ def verify(
     arrays: dict[str, np.ndarray] = {}
     if tape is None:
         content["complete_with"] = completion
-    elif any(content["weights"][what] for what in ("missing", "unexpected", "misshapen")):
+    elif broken := _not_whole(folder, manifest, model, content["weights"]):
         content["proof"] = "weights"  # it does not load whole, so there is nothing to run
+        content["faults"] = [finding.report() for finding in broken]
     else:
         content["versions"]["reference"] = tape.metadata["versions"]
         _prove_behaviour(folder, model, tape, source, content, arrays, say)
@@ -279,7 +284,8 @@ def _tell_stages(seen: _Behaviour, content: dict[str, Any]) -> None:
     """What was measured at each stage, and in which settings the modules differ."""
     shipped, fixed = seen.shipped, seen.fixed
     content["threshold"] = shipped.threshold
-    content["stages"] = [_stage(stage, number, shipped, fixed) for number, stage in enumerate(seen.table)]
+    measured = seen.table if shipped.stages else []
+    content["stages"] = [_stage(stage, number, shipped, fixed) for number, stage in enumerate(measured)]
     content["known_differences"] = [_known(one, found, shipped, fixed) for one, found in seen.known if fixed]
     content["attribute_differences"] = [str(one) for one in seen.unknown]
 
@@ -341,16 +347,25 @@ def _behaviour(
     source: Callable[[], Opened | None],
     say: Progress,
 ) -> _Behaviour:
-    table = stages(model)
+    table = [_that_exist(stage, loaded.model) for stage in stages(model)]
     known, unknown = _differences(tape, loaded.model, model)
     before = None if loaded.model.dtype == torch.float32 else before_the_cast(folder, source)
     of_lavis = _known_weights(folder, model, tape, source, unknown)
     if loaded.model.dtype != torch.float32:
         of_lavis = knowledge_of_cast(before, unknown)
-    with repaired(loaded.model, [difference for _, difference in known]):
-        found = compare(tape, loaded.model, table, inputs, known=of_lavis, weights=before, progress=say)
+    training = loaded.model.training  # as a whole: a part of it that is, is for the comparison to find
+    calm = still(loaded.model) if training else contextlib.nullcontext()
+    with calm, repaired(loaded.model, [difference for _, difference in known]):
+        try:
+            found = compare(tape, loaded.model, table, inputs, known=of_lavis, weights=before, progress=say)
+        except TableError as error:
+            return _Behaviour(table, _STOPPED, None, known, unknown, [_of_another_build(error)])
     shipped = _as_shipped(found, loaded, table, tape, inputs, known) if known and not found.stopped else found
     findings = _of_inputs(list(found.findings), loaded, model, tape, inputs)
+    if training:
+        words = "the whole model is in training mode: call .eval() on it"
+        cause = Cause("dropout", words, "", "read off the model", None)
+        findings.insert(0, Finding(table[0].name, "", "model", None, None, None, None, (), (cause,)))
     return _Behaviour(table, shipped, found if known else None, known, unknown, findings)
 
 
@@ -365,6 +380,22 @@ def _known_weights(
     if Manifest.read(folder).dtype in LOSSY:
         return knowledge_of_cast(before_the_cast(folder, source), differences)
     return knowledge(model, tape, folder, source, differences)
+
+
+_STOPPED = Comparison((), {}, {}, {}, stopped="the model is not built as the table of stages says")
+
+
+def _of_another_build(error: TableError) -> Finding:
+    """A model that lacks a module, or calls it otherwise, goes wrong there."""
+    cause = Cause("unknown", str(error).rstrip("."), error.module, "the model is built otherwise")
+    return Finding(error.stage, error.module, "stage", None, math.inf, None, math.inf, (), (cause,))
+
+
+def _that_exist(stage: Stage, model: torch.nn.Module) -> Stage:
+    """A stage without the modules that a model does not have, such as one that was wrapped."""
+    names = {name for name, _ in model.named_modules()}
+    there = {a: b for a, b in stage.modules.items() if not b or f"{stage.module}.{b}" in names}
+    return stage if len(there) == len(stage.modules) else dataclasses.replace(stage, modules=there)
 
 
 def _as_shipped(
@@ -417,6 +448,8 @@ def findings(
     manifest = Manifest.read(folder)
     model = manifest.model_variant
     weights = prove_weights(folder, manifest, model, tape, source)
+    if loaded is None and (broken := _not_whole(folder, manifest, model, weights)):
+        return broken
     loaded = huggingface.load(folder) if loaded is None else loaded
     if inputs is None:
         inputs = huggingface.forward_inputs(loaded, model, tape_images(tape)[0], tape.metadata["texts"])
@@ -457,8 +490,7 @@ def _of_weights(
     told |= {cause.module.rpartition(".")[0] for finding in found for cause in finding.causes}
     layers = [finding.module for finding in found if finding.part == "layer"]
     of_lavis, saved = _known_weights(folder, model, tape, source), open_folder(folder)
-    at = {pair.candidate: pair.stage for pair in module_pairs(model)}
-    at |= {"vision_model.embeddings": "vision.embeddings", "": "qformer.embeddings"}  # the query tokens' is no module
+    at = _stages_by_module(model)
     out: dict[str, Finding] = {}
     for name in parameter_names([*weights["modules_different"], *weights["roundtrip_differences"]], saved, model):
         tensor, module = saved[name].tensor(), name.rpartition(".")[0]
@@ -470,9 +502,45 @@ def _of_weights(
     return list(out.values())
 
 
+def _stages_by_module(model: Variant) -> dict[str, str]:
+    """Which stage each of transformers' modules belongs to; the query tokens have none of their own."""
+    at = {pair.candidate: pair.stage for pair in module_pairs(model)}
+    return at | {"vision_model.embeddings": "vision.embeddings", "": "qformer.embeddings"}
+
+
 def _stage_of(module: str, at: Mapping[str, str]) -> str:
     """The stage whose modules hold one, or are nearest to it."""
-    return next((stage for path, stage in at.items() if path == module or path.startswith(f"{module}.")), "")
+    near = [path for path in at if path and module.startswith(f"{path}.")]
+    if module in at or not near:
+        return next((stage for path, stage in at.items() if path == module or path.startswith(f"{module}.")), "")
+    return at[max(near, key=len)]
+
+
+def _not_whole(folder: Path, manifest: Manifest, model: Variant, weights: Mapping[str, Any]) -> list[Finding]:
+    """What keeps a directory from loading: one finding for each module that lacks a tensor or has another's shape."""
+    written = manifest.configuration.get("config.json")
+    changed = written is not None and file_hash(folder / "config.json") != written
+    hint = "config.json is not as it was written" if changed else "compared by name and shape"
+    at = _stages_by_module(model)
+    words = {"missing": "is not there", "unexpected": "has no place in the model", "misshapen": "has another shape"}
+    out: dict[str, Finding] = {}
+    for what, said in words.items():
+        for name in weights[what]:
+            module = name.rpartition(".")[0]
+            id = (
+                "weight_changed"
+                if what == "misshapen"
+                else "bias_missing"
+                if name.endswith("bias")
+                else "weight_missing"
+            )
+            causes = [Cause(id, f"{name} {said}", name, "compared by name and shape")]
+            if changed:
+                causes.insert(0, Cause("attribute", f"{name} {said}: {hint}", name, hint))
+            first = Finding(_stage_of(module, at), module, kind_of(name), None, None, None, None, (), tuple(causes))
+            out.setdefault(module, first)
+    table = stages(model)
+    return sorted(out.values(), key=lambda finding: _place_of(finding, table))
 
 
 def _place_of(finding: Finding, table: Sequence[Stage]) -> int:

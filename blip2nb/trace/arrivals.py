@@ -70,7 +70,10 @@ def _of_another_shape(module: str, name: str, found: torch.Tensor, expected: tor
     shapes = f"{name} has the shape {tuple(found.shape)} and should have {tuple(expected.shape)}"
     if mask or not expected.is_floating_point():
         return Cause("attention_mask" if mask else "tokens", shapes, module, "compared by shape")
-    return Cause("tokens" if found.shape[-1] == expected.shape[-1] else "unknown", shapes, module, "compared by shape")
+    if found.dim() == 4:
+        return Cause("pixels", shapes, module, "compared by shape")
+    id = "tokens" if name == "inputs_embeds" and found.shape[-1] == expected.shape[-1] else "unknown"
+    return Cause(id, shapes, module, "compared by shape")
 
 
 def _rows(module: str, name: str, order: list[int], rows: list[torch.Tensor]) -> Cause:

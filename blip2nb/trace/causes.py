@@ -49,6 +49,7 @@ CAUSES: dict[str, str] = {
     "residual": "a residual branch missing, doubled or added elsewhere",
     "not_a_number": "NaN or infinity in a weight",
     "overflow": "numbers too large for the precision",
+    "precision": "computed in lower precision than the rest",
     "attribute": "another setting of the module",
     "unknown": "nothing the kit knows by name",
 }

@@ -22,9 +22,9 @@ import torch
 
 from blip2nb.trace import arrivals
 from blip2nb.trace.causes import Cause, CounterTest
-from blip2nb.trace.diagnose import SETTINGS, Finding, Known, arriving_weights, diagnose, ranked, still
+from blip2nb.trace.diagnose import REPEATS, SETTINGS, Finding, Known, arriving_weights, diagnose, ranked, still
 from blip2nb.trace.inside import Suspect, parameters_of, part_of
-from blip2nb.trace.metrics import THRESHOLD, distance, exceeds, judge, unit
+from blip2nb.trace.metrics import THRESHOLD, distance, exceeds, judge, judge_alone, unit
 from blip2nb.trace.precision import Weights, in_float64
 from blip2nb.trace.stage import Stage, places, places_inside
 from blip2nb.trace.tape import Tape, first_tensor, recording, split_place, with_first
@@ -172,6 +172,8 @@ def compare(
     for model in (reference, candidate):
         if isinstance(model, torch.nn.Module) and model.training:
             raise ValueError("The models should be in eval mode, found one in training mode. Call .eval() on it.")
+    if next((one.dtype for one in candidate.parameters()), None) == torch.float64:
+        raise ValueError("The candidate runs in float64, which has no rounding to compare with. Call .float() on it.")
     for stage in stages:
         _check_places(candidate, stage, [stage.candidate, *(f"{stage.module}:{name}" for name in stage.inputs)])
         _check_places(candidate, stage, [f"{stage.module}.{path}" for path in stage.parts])
@@ -346,12 +348,13 @@ def _check_places(model: torch.nn.Module, stage: Stage, wanted: Sequence[str]) -
         try:
             module = model.get_submodule(path)
         except AttributeError as error:
-            raise AttributeError(f"{stage.name}: {type(model).__name__} has no {path!r}: {error}.") from error
+            words = f"{stage.name}: {type(model).__name__} has no {path!r}: {error}."
+            raise NoModuleError(words, stage.name, path) from error
         takes = parameters_of(module)
         free = any(one.kind is one.VAR_KEYWORD for one in takes.values())
         if argument and argument not in takes and not free:
             names = ", ".join(takes) or "nothing"
-            raise ValueError(f"{stage.name}: {path} is called with {names}, not with {argument!r}.")
+            raise TableError(f"{stage.name}: {path} is called with {names}, not with {argument!r}.", stage.name, path)
 
 
 def call(model: torch.nn.Module, inputs: Inputs) -> Any:
@@ -387,7 +390,15 @@ _CAST = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
 class TableError(ValueError):
-    """A line of the table of stages does not fit the models: not a fault of theirs."""
+    """A line of the table of stages does not fit a model."""
+
+    def __init__(self, words: str, stage: str, module: str):
+        super().__init__(words)
+        self.stage, self.module = stage, module
+
+
+class NoModuleError(TableError, AttributeError):
+    """A model has no such module."""
 
 
 class _Forcing:
@@ -474,7 +485,8 @@ class _Forcing:
             for name, place in wanted.items():
                 if name not in order and name not in named:
                     names = ", ".join([*order, *named])
-                    raise TableError(f"{stage.name}: {stage.module} is called with {names}, not with {name!r}.")
+                    words = f"{stage.name}: {stage.module} is called with {names}, not with {name!r}."
+                    raise TableError(words, stage.name, stage.module)
                 at = order.index(name) if name in order else len(order)
                 by_position = name not in named and at < len(given)
                 arrived = given[at] if by_position else named.get(name)
@@ -533,10 +545,13 @@ class _Forcing:
         if found.shape != expected.shape:
             self.local[stage.name] = _NEVER_CALLED
         else:
-            exact = self._referee(stage, module, args, kwargs)
-            self.local[stage.name] = judge(found, expected, exact, self._unit(found))
+            try:
+                exact = self._referee(stage, module, args, kwargs)
+                self.local[stage.name] = judge(found, expected, exact, self._unit(found))
+            except (RuntimeError, TypeError, ValueError):  # it casts, or calls what was not widened
+                self.local[stage.name] = judge_alone(found, expected)
         excess = self.local[stage.name]["excess"]
-        if exceeds(excess, THRESHOLD) or self._not_repeatable(stage, module, args, kwargs, found):
+        if self._not_repeatable(stage, module, args, kwargs, found) or exceeds(excess, THRESHOLD):
             self.suspects[stage.name] = Suspect(
                 stage.name, stage.module, module, args, dict(kwargs), expected, stage.parts, self.recorded,
                 lambda: self._referee(stage, module, args, kwargs), self._unit(found),
@@ -551,12 +566,15 @@ class _Forcing:
         """Whether a stage whose rounding is far too large gives something else the second time. Dropout would else pass
         for rounding: its float64 is as far from it as the reference is."""
         result = self.local[stage.name]
-        if result["bit_equal"] or not exceeds(result["rounding"], COARSE[found.dtype]):
+        coarse = exceeds(result["rounding"], COARSE[found.dtype]) or exceeds(result["excess"], THRESHOLD)
+        if result["bit_equal"] or not coarse:
+            return False
+        if not found.isfinite().all():
             return False
         with self._aside(stage):
-            again = first_tensor(module(*args, **kwargs))
-        if torch.equal(again, found):
-            return False
+            again = (first_tensor(module(*args, **kwargs)) for _ in range(REPEATS))
+            if all(torch.equal(one, found) for one in again):
+                return False
         self.local[stage.name] = {**result, "excess": math.inf}
         return True
 

@@ -96,7 +96,7 @@ def norm(
     """
     wide = {name: (w.double(), None if b is None else b.double()) for name, (w, b) in params.items()}
     for name, (weight, bias) in wide.items():
-        for kind in ("layer", "rms"):
+        for kind in ("layer", "rms", "layer with eps outside"):
             for biased in (True, False) if bias is not None else (True,):
                 shift = bias if biased and bias is not None else torch.zeros_like(weight)
                 if weight.shape[-1] != x.shape[-1]:
@@ -108,8 +108,11 @@ def norm(
 
 
 def normalised(x: torch.Tensor, kind: str, eps: float) -> torch.Tensor:
-    """A layer norm ("layer") or root-mean-square norm ("rms") without its weight and bias."""
-    centred = x - x.mean(-1, keepdim=True) if kind == "layer" else x
+    """A layer norm ("layer") or root-mean-square norm ("rms") without its weight and bias; or one that adds eps to the
+    deviation instead of the variance ("layer with eps outside")."""
+    centred = x if kind == "rms" else x - x.mean(-1, keepdim=True)
+    if kind == "layer with eps outside":
+        return centred / (centred.std(-1, keepdim=True) + eps)
     return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
 
 
@@ -121,7 +124,7 @@ def _eps_of(
     best = min(errors, key=errors.__getitem__)
     if errors[best] <= within:
         return best
-    centred = x - x.mean(-1, keepdim=True) if kind == "layer" else x
+    centred = x if kind == "rms" else x - x.mean(-1, keepdim=True)
     plain = centred * weight
     size = (plain * (wanted - bias)).sum(-1) / plain.square().sum(-1).clamp_min(1e-300)
     eps = (1 / size.square() - centred.square().mean(-1)).median().item()
@@ -160,7 +163,7 @@ class Attention:
     Attributes:
         heads: their number.
         scale: what the scores are multiplied by.
-        mask: "given", "none" or "causal".
+        mask: "given", "none", "causal", or one of `masked`'s: "window 16", "prefix 32", "ahead 1", "without 0:32".
         bias: whether the position bias that was handed in is added.
         order: which of query, key and value stand as each; "zeros" for none.
         heads_order: which head's output stands in each place.
@@ -203,9 +206,9 @@ class Scores:
                 if not fits or added.shape[3] != k.shape[2]:
                     return None
                 scores = scores + (added[:, :, self.rows] if added.shape[2] > 1 else added)
-        if how.mask == "causal":
-            ahead = torch.arange(k.shape[2])[None] > torch.tensor(list(self.rows))[:, None]
-            scores = scores.masked_fill(ahead, -math.inf)
+        if how.mask not in ("given", "none"):
+            hidden = _hidden(how.mask, torch.tensor(list(self.rows))[:, None], torch.arange(k.shape[2])[None])
+            scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
         out = scores.softmax(-1) @ v
         if how.heads_order:
             out = out[:, list(how.heads_order)]
@@ -234,6 +237,34 @@ def attention(scores: Scores, wanted: torch.Tensor, start: Attention, within: fl
             return how
     permuted = _heads_permuted(scores, wanted, start, within)
     return permuted if permuted is not None else _fitted_scale(tried, start, within)
+
+
+def masked(scores: Scores, wanted: torch.Tensor, right: Attention, within: float) -> Attention | None:
+    """Which mask makes `wanted` of an attention that is right but for that."""
+    queries, keys = len(scores.parts["query"][0]), scores.parts["key"].shape[-2]
+    words = [f"ahead {number}" for number in (-1, 1, 2)]
+    words += [f"window {number}" for number in range(1, min(queries, 64))]
+    words += [f"prefix {number}" for number in range(1, min(keys, 64) + 1)]
+    words += [f"without 0:{number}" for number in range(1, min(keys, 64))]
+    for mask in words:
+        how = dataclasses.replace(right, mask=mask)
+        if _attention_off(scores, wanted, how) <= within:
+            return how
+    return None
+
+
+def _hidden(mask: str, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Where a mask that is said in words hides a key from a query."""
+    kind, _, number = mask.partition(" ")
+    if kind == "without":
+        start, _, end = number.partition(":")
+        return (key > query) | ((key >= int(start)) & (key < int(end)) & (query >= int(end)))
+    shift = int(number or 0)
+    if kind == "window":
+        return (key > query) | (key <= query - shift)
+    if kind == "prefix":
+        return (key > query) & (key >= shift)
+    return key > query + shift  # causal, or so many ahead
 
 
 def _attention_off(scores: Scores, wanted: torch.Tensor, how: Attention) -> float:

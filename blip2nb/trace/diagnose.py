@@ -167,10 +167,11 @@ class _Case:
 
     def finding(self, look: Look) -> Finding:
         weights = self.weights(look)
-        hidden = None if weights else self.hidden(look)
+        coarse = [] if weights else self.coarse(look)
+        hidden = None if weights or coarse else self.hidden(look)
         if hidden is not None:
             return hidden
-        causes = weights or self.settings(look) + self.computation(look)
+        causes = weights or coarse or self.settings(look) + self.computation(look)
         causes = ranked(causes)
         module, part = look.module, look.part
         if weights:  # the weight tells more exactly where
@@ -181,6 +182,19 @@ class _Case:
             self.suspect.name, module, part, None, look.local_error, look.rounding, look.excess, self.looks,
             tuple(causes),
         )  # fmt: skip
+
+    def coarse(self, look: Look) -> list[Cause]:
+        """Where the exact computation agrees with the reference and the module's own does not."""
+        if not look.expected.is_floating_point() or look.exact.shape != look.expected.shape:
+            return []
+        theirs = computing.off(look.exact, look.expected)
+        worse = THRESHOLD * max(theirs, _LEAST) < look.rounding < _COARSEST
+        if self.suspect.unit != 1.0 or not worse:
+            return []
+        like = "bfloat16" if look.rounding > 8e-4 else "float16" if look.rounding > 5e-5 else "less than float32"
+        words = f"it is computed in lower precision than float32: its rounding is {look.rounding:.1e}, as of {like}"
+        test = CounterTest("computed in float64", (look.local_error, theirs), (look.excess, 1.0), True)
+        return [Cause("precision", words, look.module, "in float64 it agrees with the reference", test)]
 
     def hidden(self, look: Look) -> Finding | None:
         """A matrix that the reference applies without its module, so that nothing of it was recorded, and that gives
@@ -293,12 +307,13 @@ class _Case:
     def heads(self, name: str) -> int | None:
         """Into how many heads a weight of this stage is divided."""
         path = name.rpartition(".")[0]
-        while path and path.startswith(self.suspect.path):
+        attends = "att" in path.lower() or path.rpartition(".")[2] in {*QUERY_KEY_VALUE, "o", "proj"}
+        while attends and path and path.startswith(self.suspect.path):
             count = _heads_of(self.candidate.get_submodule(path))
             if count:
                 return count
             path = path.rpartition(".")[0]
-        return next((n for n in map(_heads_of, self.suspect.module.modules()) if n), None)
+        return next((n for n in map(_heads_of, self.suspect.module.modules()) if n), None) if attends else None
 
     def another_layer(self) -> Finding | None:
         """Whether the stage holds another layer's weights, all of them."""
@@ -422,6 +437,8 @@ class _Case:
         ours = computing.attention(scores, look.exact, start, within)
         if theirs is None or theirs == ours:
             return []
+        if ours is None:
+            ours = computing.masked(scores, look.exact, theirs, within)
         value = scores.output(theirs)
         assert value is not None
         causes = []
@@ -560,43 +577,21 @@ class _Case:
         return value[..., sample_rows(value.shape[-2]), :] if value.dim() > 1 else value
 
     def _embedding(self, look: Look) -> list[Cause]:
-        """Which row of a table stands at each position, in both."""
-        for name, tensor in self.candidate.get_submodule(look.module).named_parameters():
-            table = tensor.detach().double().reshape(-1, tensor.shape[-1])
-            if kind_of(f"{look.module}.{name}") != "position" and len(table) < 2:
-                continue
-            found, expected = self.suspect.output().double(), self.suspect.expected.double()
-            if found.shape != expected.shape or found.shape[-1] != table.shape[-1]:
-                continue
-            cause = self._rows(look, name, table, found.reshape(-1, table.shape[-1]),
-                               expected.reshape(-1, table.shape[-1]))  # fmt: skip
-            if cause is not None:
-                return [cause]
+        """Which row of a table stands at each position, in a look-up or in a sum of embeddings."""
+        found, expected = self.suspect.output().double(), self.suspect.expected.double()
+        if found.shape != expected.shape or found.dim() != 3:
+            return []
+        width = found.shape[-1]
+        found, expected = found.reshape(-1, width), expected.reshape(-1, width)
+        for path, tensor in self.candidate.get_submodule(look.module).named_parameters():
+            name, table = f"{look.module}.{path}", tensor.detach().double()
+            if tensor.dim() > 1 and tensor.shape[-1] == width and tensor.numel() > width:
+                said = _table_rows(name, table.reshape(-1, width), found, expected)
+            else:
+                said = _left_out(name, table, found, expected) if table.shape == (width,) else None
+            if said is not None:
+                return [Cause(*said, name.rpartition(".")[0], "told from the rows that stand there")]
         return []
-
-    def _rows(
-        self, look: Look, name: str, table: torch.Tensor, found: torch.Tensor, expected: torch.Tensor
-    ) -> Cause | None:
-        """A look-up gives rows of its table; a sum of embeddings differs by rows of it."""
-        for own in (found, None):
-            base = torch.zeros_like(found) if own is not None else found - table[: len(found)]
-            if base.shape != found.shape:
-                continue
-            ours, theirs = (_nearest(table, one - base) for one in (found, expected))
-            if theirs is None or ours is None or ours == theirs:
-                continue
-            moves = {a - b for a, b in zip(ours, theirs, strict=True)}
-            if len(moves) == 1:
-                shift = moves.pop()
-                return Cause("position_shifted", f"{name}: its rows are {shift:+d} from the reference's", look.module,
-                             "both told from the rows that stand there")  # fmt: skip
-            moved = sum(a != b for a, b in zip(ours, theirs, strict=True))
-            return Cause("position_order", f"{name}: {moved} of {len(ours)} rows are others than the reference's",
-                         look.module, "both told from the rows that stand there")  # fmt: skip
-        bare = (expected - found) if len(table) >= len(found) else None
-        if bare is not None and computing.off(bare, table[: len(found)]) < 1e-3:
-            return Cause("position_missing", f"{name} is not added", look.module, "the difference is that table")
-        return None
 
     def _linear(self, look: Look) -> list[Cause]:
         """What else a matrix may have been used for."""
@@ -635,7 +630,7 @@ class _Case:
     # -- counter-tests
 
     def _after(self, look: Look, change: str) -> CounterTest:
-        after = next(one for one in self.suspect.looks() if one.key == look.key)
+        after = next((one for one in self.suspect.looks() if one.key == look.key), look)
         errors, excesses = (look.local_error, after.local_error), (look.excess, after.excess)
         return CounterTest(change, errors, excesses, not after.faulty)
 
@@ -661,6 +656,10 @@ def arriving_weights(
 
 _ROWS = 8
 """So many rows of what arrives are looked up among the parameters'."""
+
+
+_COARSEST = 0.05
+"""No precision that models run in rounds more than this."""
 
 
 def weight_cause(name: str, tensor: torch.Tensor, known: Known, heads: int | None = None) -> Cause:
@@ -710,6 +709,7 @@ SETTINGS = {
     "head_dim": "head_count", "is_causal": "attention_mask", "has_relative_attention_bias": "position_bias_missing",
     "relative_attention_num_buckets": "position_bias", "relative_attention_max_distance": "position_bias",
     "offset": "position_shifted", "padding_idx": "tokens", "do_layer_norm_before": "residual",
+    "has_cross_attention": "residual",
 }  # fmt: skip
 """What an attribute that differs is a cause of."""
 
@@ -736,7 +736,8 @@ def _once(wrong: Sequence[Look]) -> list[Look]:
 def _seen_again(look: Look, earlier: Look) -> bool:
     if look.part != "residual" and look.at != "out":
         return False
-    if not look.expected.is_floating_point() or look.expected.shape != earlier.expected.shape:
+    shapes = {one.shape for each in (look, earlier) for one in (each.expected, each.exact)}
+    if not look.expected.is_floating_point() or len(shapes) > 1:
         return False
     new, old = look.exact - look.expected.double(), earlier.exact - earlier.expected.double()
     return computing.off(new, old) <= 1e-2 and earlier.excess > 10
@@ -778,18 +779,21 @@ def ranked(causes: Sequence[Cause]) -> list[Cause]:
 
 def _random(suspect: Suspect) -> Finding | None:
     """A fault where a stage does not compute the same thing twice: dropout."""
-    first, second = suspect.output(), suspect.output()
-    if torch.equal(first, second) or not (first.isfinite().all() and second.isfinite().all()):
+    first = suspect.output()
+    if not first.isfinite().all():
         return None
-    looks, again = suspect.looks(), suspect.looks()
-    differ = [a for a, b in zip(looks, again, strict=True) if not torch.equal(a.found, b.found)]
+    second = next((one for one in (suspect.output() for _ in range(REPEATS)) if not torch.equal(first, one)), first)
+    if second is first:
+        return None
+    looks, again = suspect.looks(), {one.key: one.found for one in suspect.looks()}
+    differ = [one for one in looks if one.key not in again or not torch.equal(one.found, again[one.key])]
     at = differ[0] if differ else looks[-1]
     live = [(name, one) for name, one in suspect.module.named_modules() if one.training]
     drops = [name for name, one in live if isinstance(one, torch.nn.Dropout) and one.p > 0]
     module = f"{suspect.path}.{drops[0]}" if len(drops) == 1 and len(live) == 1 else at.module
     with still(suspect.module):
         calm = torch.equal(suspect.output(), suspect.output())
-        after = next(one for one in suspect.looks() if one.key == at.key)
+        after = next((one for one in suspect.looks() if one.key == at.key), at)
     rounding = (at.local_error, after.local_error), (math.inf, after.excess)
     test = CounterTest("with every module in eval mode", *rounding, calm and not after.faulty)
     named = f"{len(live)} of its modules are in training mode" if live else "no module is in training mode"
@@ -797,6 +801,10 @@ def _random(suspect: Suspect) -> Finding | None:
     words = f"it gives another output each time; {named}"
     cause = Cause("dropout", words, module, f"two runs differ by {size:.1e}", test)
     return Finding(suspect.name, module, at.part, None, at.local_error, at.rounding, math.inf, tuple(looks), (cause,))
+
+
+REPEATS = 4
+"""So often a stage is run again to see whether it gives the same: what is left out half of the time is seen then."""
 
 
 @contextlib.contextmanager
@@ -832,6 +840,41 @@ def _unlike(one: str, other: str) -> int:
     return sum(a != b for a, b in zip(one.split("."), other.split("."), strict=False)) + abs(len(one) - len(other))
 
 
+def _table_rows(name: str, table: torch.Tensor, found: torch.Tensor, expected: torch.Tensor) -> tuple[str, str] | None:
+    """Which rows of a table the candidate uses and which the reference: a cause's id and words.
+
+    Args:
+        table: (rows, channels). found, expected: (positions, channels), rows of the table or sums with them.
+    """
+    looked_up = [_nearest(table, one) for one in (found, expected)]
+    ours, theirs = looked_up
+    if (ours is None or theirs is None) and len(table) == len(found):
+        rest = expected - table  # a sum, in which each position has its own row
+        if computing.off(rest, found) < 1e-5:
+            return "position_missing", f"{name} is not added"
+        order = _nearest(rest, found - table)
+        if order is not None and order != list(range(len(order))):
+            return "position_order", f"what {name} is added to stands in another order"
+        ours, theirs = _nearest(table, found - rest), list(range(len(table)))
+    if ours is None or theirs is None or ours == theirs:
+        return None
+    moves = {a - b for a, b in zip(ours, theirs, strict=True)}
+    if len(moves) == 1:
+        return "position_shifted", f"{name}: its rows are {moves.pop():+d} from the reference's"
+    moved = sum(a != b for a, b in zip(ours, theirs, strict=True))
+    return "position_order", f"{name}: {moved} of {len(ours)} rows are others than the reference's"
+
+
+def _left_out(name: str, bias: torch.Tensor, found: torch.Tensor, expected: torch.Tensor) -> tuple[str, str] | None:
+    """Whether a bias, and nothing else, is missing at most positions."""
+    apart = expected - found
+    near = (apart - bias).norm(dim=-1) <= 1e-3 * bias.norm()
+    same = apart.norm(dim=-1) <= 1e-3 * bias.norm()
+    if bool((near | same).all()) and int(near.sum()) > len(near) // 2 and name.endswith("bias"):
+        return "bias_missing", f"{name} is not added"
+    return None
+
+
 def _nearest(table: torch.Tensor, rows: torch.Tensor) -> list[int] | None:
     """For each row the place in the table where it stands; None where one stands nowhere."""
     apart = torch.cdist(rows[None], table[None])[0]
@@ -853,7 +896,8 @@ def _attention_words(
     if own.mask != theirs.mask:
         says = {"none": "every position sees every other", "causal": "no position sees a later one"}
         says["given"] = "the mask that was handed in is used"
-        words = f"{says[own.mask]}, in the reference {says[theirs.mask]}"
+        said = [says.get(one, f"the mask is {one}") for one in (own.mask, theirs.mask)]
+        words = f"{said[0]}, in the reference {said[1]}"
         yield "attention_mask", words, "with the reference's mask"
     if own.bias != theirs.bias:
         if theirs.bias:
@@ -878,6 +922,9 @@ def _norm_words(ours: computing.Norm | None, theirs: computing.Norm) -> tuple[st
     if ours.params != theirs.params:
         words = f"it uses the weights of {ours.params}, the reference those of {theirs.params}"
         return "norms_swapped", words, "with the others"
+    if ours.kind.split()[0] == theirs.kind.split()[0] != ours.kind:
+        words = f"eps {ours.eps:g} is added to the deviation, in the reference {theirs.eps:g} to the variance"
+        return "eps", words, f"with eps {theirs.eps:g} in its place"
     if ours.kind != theirs.kind:
         return "norm_kind", f"a {ours.kind} norm, the reference has a {theirs.kind} norm", f"with a {theirs.kind} norm"
     if ours.bias != theirs.bias:

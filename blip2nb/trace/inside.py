@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from blip2nb.trace.metrics import THRESHOLD, exceeds, judge
+from blip2nb.trace.metrics import THRESHOLD, exceeds, judge, judge_alone
 from blip2nb.trace.tape import Tape, first_tensor, sample_rows, with_first
 
 QUERY_KEY_VALUE = {
@@ -102,19 +102,30 @@ class Suspect:
         if found.shape != self.expected.shape:
             return {"local_error": math.inf, "rounding": math.nan, "excess": math.inf}
         with torch.no_grad():
-            return judge(found, self.expected, self.exactly(), self.unit)
+            try:
+                return judge(found, self.expected, self.exactly(), self.unit)
+            except (RuntimeError, TypeError, ValueError):
+                return judge_alone(found, self.expected)
 
     def looks(self) -> list[Look]:
         """Every place inside that the reference recorded, in the order of execution, and last the stage's output."""
         with torch.no_grad():
-            own, exact = _Forced(self, self.output), _Forced(self, self.exactly)
+            own = _Forced(self, self.output)
+            try:
+                exact = _Forced(self, self.exactly)
+            except (RuntimeError, TypeError, ValueError):  # it does not run in float64
+                return [own.look(key, self.path, None) for key in own.seen]
         return [own.look(key, self.path, exact.seen[key]) for key in own.seen if key in exact.seen]
 
     def intermediate(self) -> dict[str, torch.Tensor]:
         """What each paired module took in and gave out when all were forced, whole and in float64: `path:in`,
         `path:out`."""
         with torch.no_grad():
-            return _Forced(self, self.exactly).whole
+            try:
+                return _Forced(self, self.exactly).whole
+            except (RuntimeError, TypeError, ValueError):
+                values = _Forced(self, self.output).whole
+                return {key: one.double() if one.is_floating_point() else one for key, one in values.items()}
 
 
 def parameters_of(module: torch.nn.Module) -> Mapping[str, inspect.Parameter]:
@@ -211,18 +222,20 @@ class _Forced:
         self._between.clear()
         return value
 
-    def look(self, key: str, path: str, exact: _Seen) -> Look:
+    def look(self, key: str, path: str, exact: _Seen | None) -> Look:
         seen = self.seen[key]
         module, part = self._blame(key, seen)
         if seen.found.shape != seen.expected.shape:
             values = {"local_error": math.inf, "rounding": math.nan, "excess": math.inf}
         else:
-            values = judge(seen.found, seen.expected, exact.found, self.suspect.unit)
+            values = judge_alone(seen.found, seen.expected)
+            if exact is not None:
+                values = judge(seen.found, seen.expected, exact.found, self.suspect.unit)
             values.pop("bit_equal")
         whole = f"{path}.{module}" if module else path
         return Look(
             key, whole, part, **values,
-            expected=seen.expected, found=seen.found, exact=exact.found,
+            expected=seen.expected, found=seen.found, exact=seen.found.double() if exact is None else exact.found,
         )  # fmt: skip
 
     def _blame(self, key: str, seen: _Seen) -> tuple[str, str]:
@@ -271,7 +284,7 @@ def part_of(path: str, module: torch.nn.Module) -> str:
     if isinstance(module, torch.nn.Embedding):
         return "position bias" if "bias" in name else "embedding"
     if list(module.children()):
-        words = {"att": "attention", "mlp": "mlp", "dense": "mlp", "intermediate": "activation"}
+        words = {"att": "attention", "mlp": "mlp", "dense": "mlp", "intermediate": "activation", "embed": "embedding"}
         return next((part for word, part in words.items() if word in name.lower()), "residual")
     weight = getattr(module, "weight", None)
     if "head" in name:

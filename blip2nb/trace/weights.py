@@ -164,6 +164,11 @@ def _heads_moved(order: Sequence[int], heads: int, what: str) -> Change | None:
             stands = [block[0] // width for block in blocks]
             words = f"the heads stand in the order {stands} ({what} of {width})"
             return Change("heads_permuted", words + (", queries, keys and values mixed" if count > heads else ""))
+    width = len(order) // heads
+    across = [head * width + channel for channel in range(width) for head in range(heads)]
+    back = [channel * heads + head for head in range(heads) for channel in range(width)]
+    if list(order) in (across, back):
+        return Change("heads_permuted", f"its {what} go across the heads instead of head by head")
     return None
 
 
