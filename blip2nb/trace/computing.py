@@ -32,6 +32,9 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "identity": lambda x: x,
 }
 
+NORMS = ("layer", "rms", "layer with eps outside", "layer with eps outside, unbiased")
+"""Layer norm and root-mean-square norm; and layer norms that add eps to the deviation instead of the variance."""
+
 EPS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-7, 1e-3, 1e-4, 1e-2, 0.0)
 
 
@@ -96,7 +99,7 @@ def norm(
     """
     wide = {name: (w.double(), None if b is None else b.double()) for name, (w, b) in params.items()}
     for name, (weight, bias) in wide.items():
-        for kind in ("layer", "rms", "layer with eps outside"):
+        for kind in NORMS:
             for biased in (True, False) if bias is not None else (True,):
                 shift = bias if biased and bias is not None else torch.zeros_like(weight)
                 if weight.shape[-1] != x.shape[-1]:
@@ -108,11 +111,10 @@ def norm(
 
 
 def normalised(x: torch.Tensor, kind: str, eps: float) -> torch.Tensor:
-    """A layer norm ("layer") or root-mean-square norm ("rms") without its weight and bias; or one that adds eps to the
-    deviation instead of the variance ("layer with eps outside")."""
+    """A norm of one of `NORMS`' kinds, without its weight and bias."""
     centred = x if kind == "rms" else x - x.mean(-1, keepdim=True)
-    if kind == "layer with eps outside":
-        return centred / (centred.std(-1, keepdim=True) + eps)
+    if "eps outside" in kind:
+        return centred / (centred.std(-1, keepdim=True, correction=int("unbiased" in kind)) + eps)
     return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
 
 

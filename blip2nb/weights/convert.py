@@ -458,11 +458,16 @@ def inverse_tensors(model: Path, plan: Plan) -> Iterator[tuple[str, torch.Tensor
     """
     saved = open_folder(model)
     for entry in plan.written:
-        try:
-            back = entry.rule.inverse(saved[str(entry.target)].tensor())
-        except MappingError as error:
-            raise MappingError(str(error).replace(str(entry.rule.target), str(entry.target), 1)) from error
-        yield from zip(entry.sources, back, strict=True)
+        yield from inverse_of(entry, saved)
+
+
+def inverse_of(entry: Entry, saved: Mapping[str, Stored]) -> list[tuple[str, torch.Tensor]]:
+    """The same of one rule's tensor. Raises MappingError, and KeyError where the directory lacks it."""
+    try:
+        back = entry.rule.inverse(saved[str(entry.target)].tensor())
+    except MappingError as error:
+        raise MappingError(str(error).replace(str(entry.rule.target), str(entry.target), 1)) from error
+    return list(zip(entry.sources, back, strict=True))
 
 
 def check_weights(
