@@ -110,7 +110,7 @@ def _page(rows: list[list[str]], startup: float, system: dict, times: int) -> st
     words = [
         "# What a verification costs beside the forward passes it needs",
         "Written by `python -m benchmarks.verification`.",
-        f"Medians of {times}, both sides in turns in one process that is warm. Bare is {PASSES} forward passes in float32, "
+        f"Medians of {times}, both sides in turns in one warm process. Bare is {PASSES} forward passes in float32, "
         "one in float64, and the captions. The rest is hashing every parameter and going back to the source's tensors, "
         "recording and comparing each stage, the default image processor beside the one that is proven, and the arrays "
         "that the figures draw.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -265,6 +266,7 @@ class KnownDifference:
     Attributes:
         id: its name in reports.
         module, attribute: where it shows in transformers.
+        values: LAVIS's value and transformers'. Any other is a fault like every other.
         fix: the line that removes it after loading.
     """
 
@@ -272,12 +274,14 @@ class KnownDifference:
     stage: str
     module: str
     attribute: str
+    values: tuple[Any, Any]
     words: str
     why: str
     fix: str
 
     def explains(self, difference: AttributeDifference) -> bool:
-        return (difference.module, difference.attribute) == (self.module, self.attribute)
+        values = (difference.reference, difference.candidate)
+        return (difference.module, difference.attribute, values) == (self.module, self.attribute, self.values)
 
 
 KNOWN_DIFFERENCES = (
@@ -286,6 +290,7 @@ KNOWN_DIFFERENCES = (
         stage="vision.post_layernorm",
         module="vision_model.post_layernorm",
         attribute="eps",
+        values=(1e-5, 1e-6),
         words="eps of the post layer norm",
         why="LAVIS's ln_vision is a plain LayerNorm (eps 1e-5); transformers gives it the vision tower's eps (1e-6), "
         "and its configuration has only one for both.",

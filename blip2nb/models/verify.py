@@ -166,11 +166,18 @@ def _parameters_of(folder: Path) -> dict[str, tuple[int, ...]]:
 
     try:
         config = Blip2Config.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        first = str(error).splitlines()[0]
+    except Exception as error:  # transformers checks fields with errors of its own
+        first = (str(error).splitlines() or [""])[0]
         raise RequestError(f"{folder / 'config.json'} is damaged ({first}). Convert again with --overwrite.") from error
-    with torch.device("meta"):
-        state = Blip2ForConditionalGeneration(config).state_dict()
+    try:
+        with torch.device("meta"):
+            state = Blip2ForConditionalGeneration(config).state_dict()
+    except Exception as error:  # whatever its parts think of what they are given
+        first = (str(error).splitlines() or [""])[0]
+        raise RequestError(
+            f"{folder / 'config.json'} describes no model that transformers builds ({type(error).__name__}: {first}). "
+            "Convert again with --overwrite."
+        ) from error
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
@@ -706,6 +713,8 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
     weights_fine = not problems and weights["roundtrip"] is not False and weights["modules_equal"] is not False
     if not weights_fine:
         sentence = f"The weights are not the source's: {problems[0]} ({len(problems)} in all)."
+        if "attribute" in _causes_of(content):  # nothing was compared: it does not load
+            sentence = f"config.json was changed and does not fit the weights: {problems[0]} ({len(problems)} in all)."
         return _answer("diverges", _causes_of(content), f"{sentence} {_first_words(content)}".strip())
     if content["proof"] == "weights":
         cast = f", cast to {weights['dtype']} on request and so with no way back"

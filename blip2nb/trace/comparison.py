@@ -25,7 +25,7 @@ from blip2nb.trace.causes import Cause, CounterTest
 from blip2nb.trace.diagnose import REPEATS, SETTINGS, Finding, Known, arriving_weights, diagnose, ranked, still
 from blip2nb.trace.inside import Suspect, parameters_of, part_of
 from blip2nb.trace.metrics import THRESHOLD, distance, exceeds, judge, judge_alone, unit
-from blip2nb.trace.precision import Weights, in_float64
+from blip2nb.trace.precision import HALF, Weights, in_float64
 from blip2nb.trace.stage import Stage, places, places_inside
 from blip2nb.trace.tape import Tape, first_tensor, recording, split_place, with_first
 
@@ -244,6 +244,11 @@ def _findings(
             found.append(_stopped(stage, result, forcing.stopped, known))
         elif not (stage.is_junction or forcing.stopped or stage.name in forcing.local):
             found.append(_never_called(stage, run.candidate, known))
+    if forcing.stopped is not None and not any(one.part == "stage" for one in found):
+        last = next((stage for stage in stages if stage.name == forcing.at), stages[0])
+        words = f"the model stops after it: {type(forcing.stopped).__name__}: {forcing.stopped}".splitlines()[0]
+        cause = Cause("unknown", words, last.module, "the model's own error")
+        found.append(Finding(last.name, last.module, "stage", None, math.inf, None, math.inf, (), (cause,)))
     return _without_its_effects(found, {stage.name: stage for stage in stages})
 
 
@@ -282,7 +287,8 @@ def _arrival(
     weights = arriving_weights(arrived, expected, run.candidate, known)
     random = None if weights else _random_on_the_way(stage, stages, result, forcing, run)
     if weights:  # not what happens on the way, but where it begins
-        module, part, causes = weights[0].module.rpartition(".")[0], "embedding", ranked(weights)
+        name = weights[0].module
+        module, part, causes = name.rpartition(".")[0] or name, "embedding", ranked(weights)
     elif random is not None:
         module, causes = random.module, [random]
     else:
@@ -547,14 +553,14 @@ class _Forcing:
         else:
             try:
                 exact = self._referee(stage, module, args, kwargs)
-                self.local[stage.name] = judge(found, expected, exact, self._unit(found))
+                self.local[stage.name] = judge(found, expected, exact, self._unit(module), self.cast == 0)
             except (RuntimeError, TypeError, ValueError):  # it casts, or calls what was not widened
                 self.local[stage.name] = judge_alone(found, expected)
         excess = self.local[stage.name]["excess"]
         if self._not_repeatable(stage, module, args, kwargs, found) or exceeds(excess, THRESHOLD):
             self.suspects[stage.name] = Suspect(
                 stage.name, stage.module, module, args, dict(kwargs), expected, stage.parts, self.recorded,
-                lambda: self._referee(stage, module, args, kwargs), self._unit(found),
+                lambda: self._referee(stage, module, args, kwargs), self._unit(module), self.cast == 0,
             )  # fmt: skip
         if expected.dim() == 3 and found.shape == expected.shape:
             error = (found.cpu().double() - expected.double()).norm(dim=-1)
@@ -578,8 +584,9 @@ class _Forcing:
         self.local[stage.name] = {**result, "excess": math.inf}
         return True
 
-    def _unit(self, found: torch.Tensor) -> float:
-        return unit(found.dtype, self.weights is not None)
+    def _unit(self, module: torch.nn.Module) -> float:
+        half = [one.dtype for one in module.parameters() if one.dtype in HALF]
+        return unit(half[0] if half else torch.float32, self.weights is not None)
 
     def _referee(self, stage: Stage, module: torch.nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
         """The module's output on the same inputs, computed in float64; with the weights and inputs from before the cast

@@ -20,7 +20,7 @@ import torch
 from blip2nb.trace import computing
 from blip2nb.trace.causes import Cause, CounterTest
 from blip2nb.trace.inside import QUERY_KEY_VALUE, Look, Suspect, first_not_finite, part_of
-from blip2nb.trace.metrics import THRESHOLD, exceeds
+from blip2nb.trace.metrics import CEILING, THRESHOLD, exceeds
 from blip2nb.trace.stage import Stage
 from blip2nb.trace.tape import attributes, first_tensor, sample_rows, split_place
 from blip2nb.trace.weights import kind_of, what_changed
@@ -188,11 +188,14 @@ class _Case:
         if not look.expected.is_floating_point() or look.exact.shape != look.expected.shape:
             return []
         theirs = computing.off(look.exact, look.expected)
-        worse = THRESHOLD * max(theirs, _LEAST) < look.rounding < _COARSEST
-        if self.suspect.unit != 1.0 or not worse:
+        worse = THRESHOLD * max(theirs, _LEAST) < look.rounding
+        cast = look.rounding > CEILING and theirs < 3 * look.rounding  # in the referee's run too, as autocast does
+        if not self.suspect.strict or not (worse or cast) or look.rounding > _COARSEST:
             return []
         like = "bfloat16" if look.rounding > 8e-4 else "float16" if look.rounding > 5e-5 else "less than float32"
         words = f"it is computed in lower precision than float32: its rounding is {look.rounding:.1e}, as of {like}"
+        if not worse:
+            return [Cause("precision", words, look.module, "float32 rounds no module that much")]
         test = CounterTest("computed in float64", (look.local_error, theirs), (look.excess, 1.0), True)
         return [Cause("precision", words, look.module, "in float64 it agrees with the reference", test)]
 
@@ -648,7 +651,8 @@ def arriving_weights(
         if tensor.dim() < 2 or tensor.shape[-1] != arrived.shape[-1]:
             continue
         table = tensor.data.reshape(-1, tensor.shape[-1])
-        stands = all(bool((table == row).all(-1).any()) for row in wrong)
+        same = [torch.isclose(table, row, rtol=0, atol=0, equal_nan=True) for row in wrong]
+        stands = all(bool(one.all(-1).any()) for one in same)
         if stands and len(wrong) and known.same(name, tensor) is False:
             causes.append(weight_cause(name, tensor.data, known))
     return causes

@@ -72,7 +72,7 @@ class Suspect:
         parts: paths within the module -> the reference's path of the same; see `Stage.parts`.
         recorded: the reference's values by place.
         exactly: runs the module in float64, on the reference's inputs as they were recorded.
-        unit: what the excess is measured in; see `metrics.unit`.
+        unit, strict: what the excess is measured in; see `metrics.judge`.
     """
 
     name: str
@@ -85,6 +85,7 @@ class Suspect:
     recorded: Tape | Mapping[str, torch.Tensor]
     exactly: Callable[[], torch.Tensor]
     unit: float = 1.0
+    strict: bool = True
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -103,7 +104,7 @@ class Suspect:
             return {"local_error": math.inf, "rounding": math.nan, "excess": math.inf}
         with torch.no_grad():
             try:
-                return judge(found, self.expected, self.exactly(), self.unit)
+                return judge(found, self.expected, self.exactly(), self.unit, self.strict)
             except (RuntimeError, TypeError, ValueError):
                 return judge_alone(found, self.expected)
 
@@ -230,7 +231,7 @@ class _Forced:
         else:
             values = judge_alone(seen.found, seen.expected)
             if exact is not None:
-                values = judge(seen.found, seen.expected, exact.found, self.suspect.unit)
+                values = judge(seen.found, seen.expected, exact.found, self.suspect.unit, self.suspect.strict)
             values.pop("bit_equal")
         whole = f"{path}.{module}" if module else path
         return Look(

@@ -58,7 +58,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def judge(
-    found: torch.Tensor, expected: torch.Tensor, exact: torch.Tensor, unit: float = 1.0
+    found: torch.Tensor, expected: torch.Tensor, exact: torch.Tensor, unit: float = 1.0, strict: bool = True
 ) -> dict[str, float | bool]:
     """Whether a distance is rounding, by the float64 referee.
 
@@ -66,6 +66,7 @@ def judge(
         found, expected: the candidate's and the reference's output, of one shape.
         exact: the candidate's computation in float64, on the same inputs.
         unit: see `unit`.
+        strict: all of it is computed in float32, so that it may be no less exact than the reference.
 
     Returns:
         local_error: ‖found − expected‖; rounding: ‖found − exact‖, both ÷ ‖expected‖; excess: ‖expected − exact‖ ÷
@@ -78,12 +79,18 @@ def judge(
     rounding = (found.cpu().double() - exact.cpu()).norm().item() / size
     theirs = (expected.cpu().double() - exact.cpu()).norm().item() / size
     differs = unit * theirs / rounding if rounding else math.inf
-    if unit == 1.0 and differs < 1 / THRESHOLD:
+    if strict and differs < 1 / THRESHOLD:
         differs = 1 / differs if differs else math.inf
     copied = found.dtype in HALF and torch.equal(found.cpu(), expected.cpu().to(found.dtype))
     excess = 1.0 if not local_error or copied else differs
+    if strict:
+        excess = max(excess, THRESHOLD * local_error / CEILING) if excess == excess else excess  # NaN stays
     return {"local_error": local_error, "rounding": rounding, "excess": excess, "bit_equal": local_error == 0}
 
+
+CEILING = 1e-4
+"""A local error above this is no rounding in float32, whatever the referee says, which autocast inside a module fools.
+On unbroken pairs the largest of 12,816 was 9e-6, and the largest rounding 6e-5."""
 
 NOMINAL = 3e-7
 """The rounding of a block in float32, where it cannot be measured."""
