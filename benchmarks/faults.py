@@ -168,6 +168,9 @@ def page(results: Sequence[Result], system: dict[str, Any], options: argparse.Na
         f"the first, a middle and the last of the places that differ only in depth{drawn_by_chance}. Random choices: "
         f"{options.seeds} for each place. Of {PAIRS}, both must be right.",
         _RULES,
+        table(
+            ["kind", *head[2:]], [_kind_row(kind, results) for kind in (*dict.fromkeys(kinds.values()), PAIRS, "all")]
+        ),
         table(head, [*(_row(row, kinds.get(row, ""), of_row[row]) for row in rows), _row("all", "", results)]),
         f"Planting, looking where it shows, and `findings` took {seconds[len(seconds) // 2]:.1f} s (median; "
         f"{seconds[-1]:.1f} s at most).",
@@ -193,8 +196,7 @@ _RULES = f"""\
 - extra: stages that are blamed and have no fault, in all cases together.
 - aside: cases that need not be found. A fault has to be found if it changes a bit of a weight, or, fed LAVIS's values,
   a stage's output by more than {VISIBLE:g} times its rounding, or what arrives there by more than rounding. That is
-  measured on the model before and after, without the kit's diagnosis. From {VISIBLE:g} times on, the error is above the
-  kit's limit however the roundings fall; below, it may be found or not.
+  measured on the model before and after, without the kit's diagnosis.
 - The known difference (the eps of the post layer norm) is put right beforehand, and is no fault here."""
 
 
@@ -203,6 +205,15 @@ def _row(name: str, kind: str, results: Sequence[Result]) -> list[str]:
     counts = [sum(getattr(one, what) for one in marks) for what in ("detected", "stage", "module", "first", "three")]
     extra = sum(one.extra for one in marks)
     return [name, kind, *map(str, (len(marks), *counts, extra, len(results) - len(marks)))]
+
+
+def _kind_row(kind: str, results: Sequence[Result]) -> list[str]:
+    """The totals of one kind of fault; the table that the README shows."""
+    of_kind = {name for name, fault in CATALOGUE.items() if fault.kind == kind} if kind in _KINDS else {kind}
+    return [kind, *_row(kind, "", [one for one in results if kind == "all" or one.row in of_kind])[2:]]
+
+
+_KINDS = {fault.kind for fault in CATALOGUE.values()}
 
 
 def _meaning(name: str) -> list[str]:

@@ -323,12 +323,12 @@ def _edit(path: Path, setting: str, value: Any) -> None:
 # -- what is said of a case, and whether it is right
 
 
-VISIBLE = 5.0
-"""A stage shows a fault for certain where its output moves by more than this times its own rounding.
+VISIBLE = 3.0
+"""A stage shows a fault where its output moves by more than this times its own rounding.
 
-A fault of f roundings gives an excess of √(1 + f²), and the roundings themselves at least 0.64 of that (see
-`blip2nb.trace.metrics.THRESHOLD`): from 4.6 on it is above the threshold of 3, whatever they do. A smaller one may be
-found or not, and either is right.
+A fault of f roundings gives an excess of √(1 + f²) where both sides round alike, 3.16 for 3. They need not: the
+roundings themselves give at least 0.64 of that (see `blip2nb.trace.metrics.THRESHOLD`), so that only from 4.6 roundings
+on it is above the threshold of 3 for certain. What lies between and is missed counts as missed.
 """
 
 
