@@ -244,7 +244,7 @@ def _findings(
             found.append(_stopped(stage, result, forcing.stopped, known))
         elif not (stage.is_junction or forcing.stopped or stage.name in forcing.local):
             found.append(_never_called(stage, run.candidate, known))
-    if forcing.stopped is not None and not any(one.part == "stage" for one in found):
+    if forcing.stopped is not None and not found:  # else it is an effect of what was found
         last = next((stage for stage in stages if stage.name == forcing.at), stages[0])
         words = f"the model stops after it: {type(forcing.stopped).__name__}: {forcing.stopped}".splitlines()[0]
         cause = Cause("unknown", words, last.module, "the model's own error")
