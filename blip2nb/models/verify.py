@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -82,6 +83,7 @@ def verify(
         RequestError: the directory is not one of ours, or does not load.
     """
     started = time.time()
+    source = functools.cache(source)
     say = progress or (lambda word: None)
     manifest = Manifest.read(folder)
     model = manifest.model_variant
@@ -356,18 +358,17 @@ def _behaviour(
 ) -> _Behaviour:
     table = [_that_exist(stage, loaded.model) for stage in stages(model)]
     known, unknown = _differences(tape, loaded.model, model)
-    before = None if loaded.model.dtype == torch.float32 else before_the_cast(folder, source)
-    of_lavis = _known_weights(folder, model, tape, source, unknown)
-    if loaded.model.dtype != torch.float32:
-        of_lavis = knowledge_of_cast(before, unknown)
+    whole = loaded.model.dtype == torch.float32
+    before = None if whole else before_the_cast(folder, source)
+    of_lavis = _known_weights(folder, model, tape, source, unknown) if whole else knowledge_of_cast(before, unknown)
     training = loaded.model.training  # as a whole: a part of it that is, is for the comparison to find
-    calm = still(loaded.model) if training else contextlib.nullcontext()
-    with calm, repaired(loaded.model, [difference for _, difference in known]):
+    with still(loaded.model) if training else contextlib.nullcontext():
         try:
-            found = compare(tape, loaded.model, table, inputs, known=of_lavis, weights=before, progress=say)
+            with repaired(loaded.model, [difference for _, difference in known]):
+                found = compare(tape, loaded.model, table, inputs, known=of_lavis, weights=before, progress=say)
         except TableError as error:
             return _Behaviour(table, _STOPPED, None, known, unknown, [_of_another_build(error)])
-    shipped = _as_shipped(found, loaded, table, tape, inputs, known) if known and not found.stopped else found
+        shipped = _as_shipped(found, loaded, table, tape, inputs, known) if known and not found.stopped else found
     findings = _of_inputs(list(found.findings), loaded, model, tape, inputs)
     if training:
         words = "the whole model is in training mode: call .eval() on it"
@@ -454,6 +455,7 @@ def findings(
     """
     manifest = Manifest.read(folder)
     model = manifest.model_variant
+    source = functools.cache(source)
     weights = prove_weights(folder, manifest, model, tape, source)
     if loaded is None and (broken := _not_whole(folder, manifest, model, weights)):
         return broken
@@ -504,7 +506,8 @@ def _of_weights(
         if module in told or any(name.startswith(f"{layer}.") for layer in layers) or of_lavis.same(name, tensor):
             continue
         cause = weight_cause(name, tensor, of_lavis)
-        first = out.setdefault(module, Finding(_stage_of(module, at), module, kind_of(name), None, None, None, None))
+        told_at = (_stage_of(module, at), module or name, kind_of(name))
+        first = out.setdefault(module, Finding(*told_at, None, None, None, None))
         out[module] = dataclasses.replace(first, causes=(*first.causes, cause))
     return list(out.values())
 
@@ -544,7 +547,8 @@ def _not_whole(folder: Path, manifest: Manifest, model: Variant, weights: Mappin
             causes = [Cause(id, f"{name} {said}", name, "compared by name and shape")]
             if changed:
                 causes.insert(0, Cause("attribute", f"{name} {said}: {hint}", name, hint))
-            first = Finding(_stage_of(module, at), module, kind_of(name), None, None, None, None, (), tuple(causes))
+            told_at = (_stage_of(module, at), module or name, kind_of(name))
+            first = Finding(*told_at, None, None, None, None, (), tuple(causes))
             out.setdefault(module, first)
     table = stages(model)
     return sorted(out.values(), key=lambda finding: _place_of(finding, table))

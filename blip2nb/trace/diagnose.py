@@ -213,7 +213,7 @@ class _Case:
             if x is None or not isinstance(weight, torch.Tensor) or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
                 continue
             bias = getattr(module, "bias", None)
-            right = x @ weight.detach().double().T + (0.0 if bias is None else bias.detach().double())
+            right = _product(x, weight, bias)
             error = computing.off(value, right)
             if error > 1e-6:
                 whole = f"{self.suspect.path}.{path}"
@@ -254,9 +254,9 @@ class _Case:
                 name = f"{path}.{leaf}"
                 true = self.known.true(name) if getattr(module, leaf, module) is None else None
                 if true is not None:
-                    setattr(module, leaf, torch.nn.Parameter(true, requires_grad=False))
-                    test = self._after(look, f"with the reference's {leaf}")
-                    setattr(module, leaf, None)
+                    made = torch.nn.Parameter(true, requires_grad=False)
+                    with repaired(self.candidate, [AttributeDifference(self.suspect.name, path, leaf, made, None)]):
+                        test = self._after(look, f"with the reference's {leaf}")
                     id = f"{leaf}_missing"
                     return [Cause(id, f"{path} has no {leaf}", name, "the reference has one there", test)]
         return []
@@ -605,7 +605,7 @@ class _Case:
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or x is None or x.shape[-1] != weight.shape[1]:
             return []
         x = self._at_rows(x, look)
-        right = x @ weight.detach().double().T + (0.0 if bias is None else bias.detach().double())
+        right = _product(x, weight, bias)
         if computing.off(right, look.expected) > self.within(look):
             return self._exchanged(look)
         said = _matrix_words(x, weight, bias, look.exact) or computing.pattern(look.exact, look.expected, look.rounding)
@@ -745,6 +745,11 @@ def _seen_again(look: Look, earlier: Look) -> bool:
         return False
     new, old = look.exact - look.expected.double(), earlier.exact - earlier.expected.double()
     return computing.off(new, old) <= 1e-2 and earlier.excess > 10
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x·Wᵀ + b in float64."""
+    return x @ weight.detach().double().T + (0.0 if bias is None else bias.detach().double())
 
 
 def _matrix_words(
