@@ -41,6 +41,7 @@ from blip2nb.models import configuration, directory, huggingface, inputs, tiny
 from blip2nb.models.files import open_source
 from blip2nb.models.stages import parameter_pairs, stages
 from blip2nb.run import kernels
+from blip2nb.run.environment import find_lavis
 from blip2nb.trace.comparison import compare
 from blip2nb.trace.stage import Stage
 from blip2nb.variants import TWINS, Variant, variant
@@ -138,7 +139,7 @@ def lavis_side(folder: Path, old: bool = False) -> Iterator[Ask]:
     Raises:
         BenchmarkError: there is no such environment, or LAVIS failed.
     """
-    environment = kernels.find_lavis()
+    environment = find_lavis()
     if environment is None:
         raise BenchmarkError("This needs LAVIS's environment: make lavis.")
     folder.mkdir(exist_ok=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from blip2nb.errors import RequestError
 from blip2nb.report import Report
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from blip2nb.models.inputs import Chosen, Paths
     from blip2nb.models.preview import Preview
     from blip2nb.models.revert import Reverted
+    from blip2nb.sweeps.sweep import Sweep
     from blip2nb.trace.tape import Tape
 
 log = logging.getLogger("blip2nb")
@@ -311,7 +312,8 @@ def verify(
     """
     from blip2nb.models.inputs import choose
     from blip2nb.models.verify import verify as prove
-    from blip2nb.run import kernels, reference
+    from blip2nb.run import reference
+    from blip2nb.run.environment import find_lavis
 
     if proof not in PROOFS:
         raise RequestError(f"--proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
@@ -330,7 +332,7 @@ def verify(
         found = reference.given_tape(Path(tape).expanduser(), manifest, chosen)
     elif reference.can_compare(proof, manifest):
         found = reference.find_tape(run, manifest, chosen)
-        if found is None and (proof == "both" or kernels.find_lavis(lavis_python) is not None):
+        if found is None and (proof == "both" or find_lavis(lavis_python) is not None):
             made_of = source or run.source, base or run.base
             found = _record(run, variant(manifest.model), chosen, *made_of, "", lavis_python, device, notebook)
     with _steps("verify") as say:
@@ -401,6 +403,60 @@ def check_proof(
     shipped = not source and reference.shipped_tape(wanted).is_file()
     if proof == "both" and not recorded and not shipped:
         reference.require_lavis(lavis_python, wanted)
+
+
+def sweep(
+    *patterns: str | Path,
+    notebook: str | Path = "convert",
+    parameters: Mapping[str, Any] | None = None,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    output: str | Path = "",
+    workers: int = 0,
+    scheduler: str = "",
+    timeout: str | float = "",
+    keep_models: bool = False,
+    overwrite: bool = False,
+) -> Sweep:
+    """Run a notebook for many models, several at a time, and make a report over all: index.html in the output folder.
+
+    What is finished already, by a hash of all that it depends on, is not done again. One run that fails does not stop
+    the others. Needs a guarded main module where it is called from a script (`if __name__ == "__main__"`).
+
+    Args:
+        patterns: names of variants or patterns of them ("tiny-*", "blip2-*-coco"), checkpoints, and lists of runs as
+            .yaml or .csv files, whose rows give parameters by name.
+        notebook: one of the kit's by name, or a path.
+        parameters: for every run that does not say otherwise.
+        grid: parameter -> values; each run is made with every combination.
+        output: a folder, outputs/ unless given, or an address that fsspec knows, such as s3://bucket/sweep. Each run is
+            a folder in it, there whole or not at all.
+        workers: how many runs at a time on this machine; as many as it has cores unless given. Runs whose models do
+            not fit in memory beside each other never run beside each other.
+        scheduler: the address or file of a Dask scheduler that is running, instead of this machine.
+        timeout: after which a run is ended, in seconds or as "90s", "15min", "2h"; never unless given.
+        keep_models: keep the converted models too, not the reports alone.
+        overwrite: make everything anew, whatever stands there.
+
+    Returns:
+        What was found: `.runs`, `.status`, and `.figure()`.
+
+    Raises:
+        RequestError: the request is wrong, before anything runs.
+    """
+    from blip2nb.sweeps import asked, sweep
+
+    runs = asked.expand(patterns, notebook, parameters, grid)
+    if workers < 0:
+        raise RequestError(f"--workers should be 1 or more, found {workers}.")
+    return sweep.sweep(
+        runs,
+        output,
+        workers=workers,
+        scheduler=scheduler,
+        timeout=sweep.seconds(timeout),
+        keep_models=keep_models,
+        overwrite=overwrite,
+    )
 
 
 def draw(run: Run) -> list[Path]:

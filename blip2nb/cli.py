@@ -407,6 +407,82 @@ def diff(
 
 
 @app.command()
+def sweep(
+    patterns: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PATTERN...",
+            help="Models by name or pattern ('tiny-*'), checkpoints, .yaml or .csv lists of runs.",
+            show_default=False,
+        ),
+    ],
+    notebook: Annotated[str, typer.Option(help="Which to run: one of the kit's by name, or a path.")] = "convert",
+    parameters: Annotated[
+        list[str] | None,
+        typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="For every run, as papermill's -p."),
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=A,B,…", help="Every run with each of these values; with more --grid, all pairs."),
+    ] = None,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="A folder, or an address such as s3://…; outputs/ unless given.")
+    ] = "",
+    workers: Annotated[int, typer.Option(min=0, help="Runs at a time; 0 is one for each core.")] = 0,
+    scheduler: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Of a Dask cluster that is running, instead of this machine.")
+    ] = "",
+    timeout: Annotated[str, typer.Option(metavar="TIME", help="End a run after 90s, 15min, 2h …")] = "",
+    keep_models: Annotated[
+        bool, typer.Option("--keep-models", help="Keep the converted models, not only reports.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Also what is finished already.")] = False,
+    print_lines: Annotated[
+        bool, typer.Option("--print", help="Run nothing: print a papermill line for each run, for xargs or job arrays.")
+    ] = False,
+    gather: Annotated[
+        bool, typer.Option("--gather", help="Run nothing: make the report over the runs that are there.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a notebook for many models, several at a time, and make a report over all of them: index.html.
+
+    What is finished is not done again. Exit status: 1 when a run diverges, 3 when one failed or was not made.
+    """
+    from blip2nb import api
+    from blip2nb.sweeps import asked
+    from blip2nb.sweeps import sweep as sweeping
+
+    given = asked.named(parameters or [], "-p")
+    axes = asked.axes(grid or [])
+    if print_lines or gather:
+        runs = asked.expand(patterns, notebook, given, axes)
+        if print_lines:
+            print(*sweeping.lines(runs, output, keep_models), sep="\n")
+            return
+        found = sweeping.gather(runs, output)
+    else:
+        found = api.sweep(
+            *patterns,
+            notebook=notebook,
+            parameters=given,
+            grid=axes,
+            output=output,
+            workers=workers,
+            scheduler=scheduler,
+            timeout=timeout,
+            keep_models=keep_models,
+            overwrite=overwrite,
+        )
+    if as_json:
+        _print_json(found.index)
+    else:
+        print(found)
+    if found.status:
+        raise typer.Exit(found.status)
+
+
+@app.command()
 def doctor(lavis_python: LavisPython = "", as_json: Json = False) -> None:
     """Check this machine: versions, the LAVIS environment, disk and memory."""
     from blip2nb.run.doctor import examine

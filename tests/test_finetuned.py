@@ -20,6 +20,7 @@ from blip2nb.models import tiny
 from blip2nb.models.files import find_files, open_source, own_files
 from blip2nb.models.fit import configured, told_by
 from blip2nb.run import kernels
+from blip2nb.run.environment import find_lavis
 from blip2nb.runs import Run
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import variant
@@ -97,7 +98,7 @@ for path in sys.argv[1:]:
 
 
 def in_lavis(folder: Path, code: str, arguments: list[str]) -> str:
-    found = kernels.find_lavis()
+    found = find_lavis()
     assert found is not None, "run `make lavis` first: these tests need LAVIS itself"
     command = [str(found.python), "-W", "ignore", "-c", code, *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)

@@ -14,6 +14,7 @@ from blip2nb import errors
 from blip2nb.models.files import open_source
 from blip2nb.models.stages import module_pairs, stages
 from blip2nb.run import kernels
+from blip2nb.run.environment import find_lavis
 from blip2nb.run.reference import SHIPPED_TAPES
 from blip2nb.trace.stage import places
 from blip2nb.trace.tape import Tape
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.lavis
 
 @pytest.fixture(scope="session")
 def lavis():
-    found = kernels.find_lavis()
+    found = find_lavis()
     assert found is not None, "run `make lavis` first: these tests need LAVIS itself"
     return found
 

@@ -17,7 +17,7 @@ from blip2nb.models.fit import configured
 from blip2nb.variants import Variant
 from blip2nb.weights.convert import CASTS, KEPT_IN_FLOAT32, target_slots
 from blip2nb.weights.download import Part, cache_folder, locate, remote_size
-from blip2nb.weights.mapping import entries
+from blip2nb.weights.mapping import entries, parameter_count
 from blip2nb.weights.sources import open_checkpoint, weight_files
 from blip2nb.weights.stored import SIZES
 from blip2nb.weights.writer import Slot, parse_size, shard
@@ -48,6 +48,7 @@ class Preview:
         disk_free, fetch_free: where the model would be written, and where downloads would be kept; `one_disk` when
             these are the same.
         memory_float32, memory_half: what loading the converted model takes, its weights alone.
+        memory_proving: what comparing its behaviour with LAVIS's takes.
         problems: what stands in the way, a sentence each.
     """
 
@@ -65,6 +66,7 @@ class Preview:
     memory_converting: int
     memory_float32: int
     memory_half: int
+    memory_proving: int
     memory_here: int
     problems: tuple[str, ...] = ()
 
@@ -95,7 +97,9 @@ class Preview:
         lines += [
             f"  memory  {gigabytes(self.memory_converting)} for converting, whatever the model's size",
             f"          {gigabytes(self.memory_float32)} for loading the result in float32, "
-            f"{gigabytes(self.memory_half)} in half precision; this machine has {gigabytes(self.memory_here)}",
+            f"{gigabytes(self.memory_half)} in half precision",
+            f"          {gigabytes(self.memory_proving)} for the second proof; this machine has "
+            f"{gigabytes(self.memory_here)}",
         ]
         return "\n".join([*lines, *(f"\n  !! {problem}" for problem in self.problems)])
 
@@ -154,6 +158,7 @@ def preview(
         memory_converting=CONVERTING,
         memory_float32=total * 4,
         memory_half=total * 2,
+        memory_proving=memory_proving(named),
         memory_here=machine_memory(),
     )
     return dataclasses.replace(out, problems=tuple(_problems(out)))
@@ -254,9 +259,19 @@ def _expected_slots(variant: Variant, dtype: str) -> list[Slot]:
     ]
 
 
+def memory_proving(model: Variant) -> int:
+    """Bytes of memory that comparing a model's behaviour takes, beside the imports: its weights in float32, and a quarter
+    for activations and the widest layer twice."""
+    return parameter_count(model) * 5
+
+
 def machine_memory() -> int:
-    """Bytes of memory this machine has; 0 where that cannot be told."""
+    """Bytes of memory this machine has, or this container may use; 0 where that cannot be told."""
     try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
         return 0
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit: "max"
+        return total

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from blip2nb.errors import RequestError
 from blip2nb.runs import Run, outputs_folder
+from blip2nb.sweeps.place import HIDDEN, RECORD
 from blip2nb.variants import RELEASED, variant
 from blip2nb.weights.convert import MANIFEST
 from blip2nb.weights.download import cache_folder, locate
@@ -193,6 +194,8 @@ def _outputs(outputs: Path) -> Iterator[Item]:
         if path.is_symlink():
             if path.is_dir():
                 yield _item(name, "", "a link", [path], outputs)
+        elif path.name == HIDDEN:
+            yield _item(HIDDEN, UNFINISHED, "unfinished runs of a sweep", [path], outputs, [path / "lock"])
         elif path.is_dir() and not _HIDDEN.fullmatch(path.name):
             yield from _run(path, name, outputs)
     yield from _unfinished(outputs, "", outputs)
@@ -211,7 +214,7 @@ def _run(folder: Path, name: str, outputs: Path) -> Iterator[Item]:
 
 
 def _is_run(folder: Path) -> bool:
-    marks = (f"model/{MANIFEST}", "report.json", "run.json")
+    marks = (f"model/{MANIFEST}", "report.json", "run.json", RECORD)
     return any((folder / mark).is_file() for mark in marks) or any(_is_tape(folder / tape) for tape in _TAPES)
 
 
@@ -228,7 +231,7 @@ def _is_tape(path: Path) -> bool:
 def _parts(folder: Path, name: str, outputs: Path) -> Iterator[Item]:
     model = folder / "model"
     tapes = [folder / tape for tape in _TAPES if (folder / tape).exists()]
-    rest = [folder / one for one in _REST if (folder / one).exists()]
+    rest = [folder / one for one in (*_REST, *_of_a_sweep(folder)) if (folder / one).exists()]
     known = [model, *tapes, *rest]
     if model.exists() or model.is_symlink():
         yield _model(model, f"{name}/model", outputs)
@@ -240,6 +243,14 @@ def _parts(folder: Path, name: str, outputs: Path) -> Iterator[Item]:
     if other:
         why = f"it is not of this kit: {', '.join(sorted(path.name for path in other)[:3])}"
         yield _item(f"{name}/other", "", "something else", other, outputs, kept=why)
+
+
+def _of_a_sweep(folder: Path) -> tuple[str, ...]:
+    """What a sweep adds to a run: its record, and the executed notebook that it names."""
+    try:
+        return RECORD, Path(json.loads((folder / RECORD).read_text())["executed"]).name or RECORD
+    except (OSError, ValueError, KeyError, TypeError):
+        return (RECORD,)
 
 
 def _left_over(folder: Path, known: Iterable[Path]) -> list[Path]:

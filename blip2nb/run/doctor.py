@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from blip2nb.run import kernels
+from blip2nb.run.environment import find_lavis
 from blip2nb.runs import outputs_folder
 from blip2nb.weights.download import cache_folder
 
@@ -53,7 +54,7 @@ def _packages() -> list[Finding]:
 
 
 def _lavis(lavis_python: str) -> Finding:
-    lavis = kernels.find_lavis(lavis_python)
+    lavis = find_lavis(lavis_python)
     if lavis is None:
         return Finding(
             "LAVIS", "no environment found", False, advice="`make lavis` makes one; needed for new recordings alone."

@@ -1,4 +1,4 @@
-"""The LAVIS environment: finding it, handing it a request, and running it there, as a script or as a notebook."""
+"""Handing LAVIS a request and running it in its environment, as a script or as a notebook."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from blip2nb.models import configuration, inputs, lavis
 from blip2nb.models.directory import weights_hash
 from blip2nb.models.files import Opened, open_source, which
 from blip2nb.models.stages import parameter_pairs, stages, token_ids
+from blip2nb.run.environment import Lavis
 from blip2nb.runs import new_run
 from blip2nb.trace.stage import places, places_inside
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant
 from blip2nb.weights.mapping import Tied, entries
 
-KERNEL = "lavis"
 _PACKAGE = Path(__file__).resolve().parent.parent
 NOTEBOOK = _PACKAGE.parent / "notebooks" / "lavis.ipynb"
 
@@ -34,43 +34,6 @@ _FILES = {
     "tape.py": _PACKAGE / "trace" / "tape.py",
     "hashing.py": _PACKAGE / "weights" / "hashing.py",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Lavis:
-    """A Python that has LAVIS. `kernel` is its Jupyter kernel's name, where it is one."""
-
-    python: Path
-    kernel: str | None
-
-
-def find_lavis(lavis_python: str | Path = "") -> Lavis | None:
-    """The LAVIS environment to use: the one given, $BLIP2NB_LAVIS_PYTHON, the Jupyter kernel `lavis`, or .venv-lavis.
-    "none" does without, even where there is one.
-
-    Raises:
-        RequestError: the one given does not exist.
-    """
-    given = str(lavis_python or os.environ.get("BLIP2NB_LAVIS_PYTHON", ""))
-    if given == "none":
-        return None
-    if given:
-        path = Path(given).expanduser()
-        if not path.is_file():
-            raise RequestError(
-                f"--lavis-python {given} does not exist. Expected the python of an environment with LAVIS."
-            )
-        return Lavis(path, None)
-    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
-
-    try:
-        spec = KernelSpecManager().get_kernel_spec(KERNEL)
-        if Path(spec.argv[0]).is_file():
-            return Lavis(Path(spec.argv[0]), KERNEL)
-    except NoSuchKernel:
-        pass
-    own = _PACKAGE.parent / ".venv-lavis" / "bin" / "python"
-    return Lavis(own, None) if own.is_file() else None
 
 
 def prepare(

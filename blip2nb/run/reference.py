@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 from pathlib import Path
 
 from blip2nb.errors import RequestError
 from blip2nb.models.inputs import Chosen, demo_hash
+from blip2nb.models.preview import machine_memory, memory_proving
 from blip2nb.models.stages import stages
-from blip2nb.run import kernels
+from blip2nb.run.environment import Lavis, find_lavis
 from blip2nb.runs import Run
 from blip2nb.trace.stage import places
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant
 from blip2nb.weights.convert import Manifest
-from blip2nb.weights.mapping import parameter_count
 
 log = logging.getLogger("blip2nb")
 
@@ -108,20 +107,15 @@ def can_compare(proof: str, manifest: Manifest) -> bool:
 
 def memory_short(model: Variant) -> str:
     """A sentence when this machine cannot hold the model in float32, as both sides are compared; else ""."""
-    needed = parameter_count(model) * 4 * 1.25  # the weights, and a quarter for activations and the widest layer twice
-    try:
-        page = os.sysconf("SC_PAGE_SIZE")
-        available, total = os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
-    except (ValueError, OSError, AttributeError):  # not a Unix: try and see
-        return ""
-    if needed <= max(available, 0.9 * total):  # what the disk cache holds is free too
+    needed, total = memory_proving(model), machine_memory()
+    if not total or needed <= 0.9 * total:  # where it cannot be told: try and see
         return ""
     return f"Running {model.name} in float32 takes {needed / 1e9:.0f} GB of memory; this machine has {total / 1e9:.0f}."
 
 
-def require_lavis(lavis_python: str | Path, model: Variant) -> kernels.Lavis:
+def require_lavis(lavis_python: str | Path, model: Variant) -> Lavis:
     """The LAVIS environment. Raises RequestError where there is none."""
-    lavis = kernels.find_lavis(lavis_python)
+    lavis = find_lavis(lavis_python)
     if lavis is None:
         raise RequestError(
             f"Recording {model.name} needs an environment with LAVIS, and none was found: no kernel `lavis`, no "
@@ -149,7 +143,7 @@ def report_holds(run: Run, lavis_python: str | Path = "", chosen: Chosen | None 
     return (
         report["proof"] == "both"
         or not can_compare("auto", manifest)
-        or (find_tape(run, manifest, chosen) is None and kernels.find_lavis(lavis_python) is None)
+        or (find_tape(run, manifest, chosen) is None and find_lavis(lavis_python) is None)
     )
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from blip2nb.errors import RequestError
 from blip2nb.models.files import Opened
 from blip2nb.run import kernels
+from blip2nb.run.environment import Lavis
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +59,7 @@ class LavisSession:
         at: the module that was entered last.
     """
 
-    def __init__(self, environment: kernels.Lavis, opened: Opened, source: str):
+    def __init__(self, environment: Lavis, opened: Opened, source: str):
         """Raises RequestError: the environment has no ipykernel, or LAVIS cannot build the model."""
         self._scratch = tempfile.TemporaryDirectory(prefix="blip2nb-")
         self.folder = Path(self._scratch.name)
@@ -128,7 +129,7 @@ class LavisSession:
         self._scratch.cleanup()
 
 
-def _start(environment: kernels.Lavis, folder: Path) -> tuple[Any, Any]:
+def _start(environment: Lavis, folder: Path) -> tuple[Any, Any]:
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import KernelManager
 

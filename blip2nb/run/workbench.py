@@ -22,7 +22,8 @@ from blip2nb.models import huggingface
 from blip2nb.models.files import open_source
 from blip2nb.models.stages import stages
 from blip2nb.models.verify import state, tape_images, versions
-from blip2nb.run import kernels, reference
+from blip2nb.run import reference
+from blip2nb.run.environment import find_lavis
 from blip2nb.run.session import LavisModule, LavisSession
 from blip2nb.runs import Run
 from blip2nb.trace.comparison import compare
@@ -197,7 +198,7 @@ class Workbench:
 
     def lavis(self, stage: Stage, lavis_python: str | Path) -> LavisModule | None:
         """LAVIS's module of a stage, live; None where there is no LAVIS."""
-        environment = kernels.find_lavis(lavis_python)
+        environment = find_lavis(lavis_python)
         if environment is None or stage.is_junction:
             return None
         if self._session is None or not self._session.alive:

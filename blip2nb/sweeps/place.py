@@ -1,0 +1,255 @@
+"""Where a sweep's runs go, a folder or an address that fsspec knows, and how a run gets there whole or not at all.
+
+A run is made in a folder of its own that nothing takes for a run, and takes its place when it is finished. What lets it
+be recognised later, `sweep.json`, is part of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from blip2nb.errors import RequestError
+from blip2nb.runs import outputs_folder
+from blip2nb.sweeps.leftovers import end_leftovers
+
+RECORD = "sweep.json"
+HIDDEN = ".sweep"
+FAILED = "--failed"
+"""Behind a run's name: the folder of its last failure, beside that of its last success."""
+
+_CARRIED = ("model", "tape.safetensors", "tape-images.safetensors", "run.json")
+
+
+class Place(Protocol):
+    """Where runs go. Records, reports and pages are named relative to it."""
+
+    address: str
+
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Held by a sweep while it runs. Raises RequestError where another one holds it."""
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """What sweep.json says, of every run that is there whole, by folder."""
+
+    def read(self, path: str) -> bytes | None:
+        """The content of a file of a run, such as tiny-blip2-opt-2.7b/report.json; None where there is none."""
+
+    def begin(self, name: str, key: str, overwrite: bool = False) -> Path:
+        """A folder to make a run in: `<this>/<name>` will be the run. Holds what is of use of an earlier one."""
+
+    def publish(self, workshop: Path, name: str, record: Mapping[str, Any]) -> None:
+        """Put a finished run, or a failed one, in its place, and remove the folder that it was made in."""
+
+    def write(self, texts: Mapping[str, str]) -> None:
+        """Write files over all runs, each whole or not at all."""
+
+
+def place(output: str | Path = "") -> Place:
+    """The place meant by --output: a folder, the checkout's outputs/ unless given, or an address such as s3://….
+
+    Raises:
+        RequestError: fsspec does not know such addresses, or lacks a package for them; or it holds a password.
+    """
+    if "://" not in str(output):
+        return Folder(outputs_folder(output))
+    return Address(str(output))
+
+
+class Folder:
+    """A folder of this machine, or one that all machines share."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.address = str(root)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        from filelock import FileLock, Timeout
+
+        hidden = self.root / HIDDEN
+        hidden.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(hidden / "lock", timeout=0):
+                self._recover()
+                try:
+                    yield
+                finally:
+                    (hidden / "lock").unlink()
+        except Timeout as error:
+            raise RequestError(
+                f"Another sweep is writing to {self.root}. Wait for it, or name another folder with --output."
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):  # something was left for the next sweep to go on with
+                hidden.rmdir()
+
+    def _recover(self) -> None:
+        """A run that was about to be replaced when its sweep was killed gets its place back."""
+        for old in (self.root / HIDDEN).glob("*.old"):
+            standing = self.root / old.name.removesuffix(".old")
+            shutil.rmtree(old) if standing.exists() else old.rename(standing)
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        return {path.parent.name: json.loads(path.read_text()) for path in sorted(self.root.glob(f"*/{RECORD}"))}
+
+    def read(self, path: str) -> bytes | None:
+        file = self.root / path
+        return file.read_bytes() if file.is_file() else None
+
+    def begin(self, name: str, key: str, overwrite: bool = False) -> Path:
+        workshop = self.root / HIDDEN / f"{name}.{key[:12]}"
+        for old in workshop.parent.glob(f"{name}.{'?' * 12}"):  # made with other parameters, and not finished
+            if old != workshop:
+                end_leftovers(old)
+                shutil.rmtree(old)
+        workshop.mkdir(parents=True, exist_ok=True)
+        end_leftovers(workshop)
+        run, standing = workshop / name, self.root / name
+        run.mkdir(exist_ok=True)
+        ours = (standing / RECORD).is_file()  # then its model is made anew; one that somebody converted is kept
+        for one in () if overwrite else _CARRIED[ours:]:
+            if (standing / one).exists() and not (run / one).exists():
+                _same(standing / one, run / one)
+        return workshop
+
+    def publish(self, workshop: Path, name: str, record: Mapping[str, Any]) -> None:
+        run, final = workshop / name, self.root / record["folder"]
+        _settle(run, workshop, self.address, record)
+        old = self.root / HIDDEN / f"{record['folder']}.old"
+        if final.exists():
+            final.rename(old)
+        run.rename(final)
+        _sync(self.root)
+        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(workshop)
+        if record["state"] == "finished":
+            shutil.rmtree(self.root / f"{name}{FAILED}", ignore_errors=True)
+
+    def write(self, texts: Mapping[str, str]) -> None:
+        for name, text in texts.items():
+            beside = self.root / f"{name}.partial"
+            beside.write_text(text, encoding="utf-8", newline="\n")
+            os.replace(beside, self.root / name)
+
+
+class Address:
+    """A place that fsspec reaches. Runs are made in a temporary folder of the machine that runs them and then copied,
+    the record last: there is no renaming on an object store, so that a run counts when its record is there."""
+
+    def __init__(self, address: str):
+        import fsspec
+
+        self.address = address.rstrip("/")
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(self.address)
+        except (ValueError, ImportError, OSError) as error:
+            raise RequestError(f"--output {_without_password(address)} cannot be written to: {error}") from error
+        if "@" in address.split("://", 1)[1].split("/")[0] and ":" in address.split("://", 1)[1].split("@")[0]:
+            raise RequestError(
+                f"--output {_without_password(address)} holds a password, and would be kept in notebooks. Leave it "
+                "out and give it to fsspec: in its configuration, or in the environment."
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Address, (self.address,)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        yield  # an object store has none: two sweeps at once write each run whole, the later one last
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        self._files.invalidate_cache()
+        found = self._files.glob(f"{self._root}/*/{RECORD}")
+        return {path.rsplit("/", 2)[-2]: json.loads(self._files.cat_file(path)) for path in sorted(found)}
+
+    def read(self, path: str) -> bytes | None:
+        try:
+            return self._files.cat_file(f"{self._root}/{path}")
+        except FileNotFoundError:
+            return None
+
+    def begin(self, name: str, key: str, overwrite: bool = False) -> Path:
+        workshop = Path(tempfile.mkdtemp(prefix="blip2nb-"))
+        (workshop / name).mkdir()
+        return workshop
+
+    def publish(self, workshop: Path, name: str, record: Mapping[str, Any]) -> None:
+        run, final = workshop / name, f"{self._root}/{record['folder']}"
+        _settle(run, workshop, self.address, record)
+        self._remove(final)
+        for path in sorted(run.rglob("*"), key=lambda path: path.name == RECORD):
+            if path.is_file():
+                target = f"{final}/{path.relative_to(run).as_posix()}"
+                self._make(target.rsplit("/", 1)[0])
+                self._files.put_file(str(path), target)
+        shutil.rmtree(workshop)
+        if record["state"] == "finished":
+            self._remove(f"{self._root}/{name}{FAILED}")
+
+    def _make(self, folder: str) -> None:
+        self._files.invalidate_cache()  # some remember what was there, and take no word for it that it is fine to be
+        if not self._files.exists(folder):
+            self._files.makedirs(folder, exist_ok=True)
+
+    def _remove(self, folder: str) -> None:
+        """The record first: what is left of a run that is being removed is none."""
+        if self._files.exists(f"{folder}/{RECORD}"):
+            self._files.rm_file(f"{folder}/{RECORD}")
+        if self._files.exists(folder):
+            self._files.rm(folder, recursive=True)
+
+    def write(self, texts: Mapping[str, str]) -> None:
+        self._make(self._root)
+        for name, text in texts.items():
+            self._files.pipe_file(f"{self._root}/{name}", text.encode())
+
+
+def _without_password(address: str) -> str:
+    kind, rest = address.split("://", 1)
+    return f"{kind}://{rest.split('@', 1)[-1]}"
+
+
+def _same(source: Path, target: Path) -> None:
+    """The same files under another name. The kit never writes into a file that is there, so that one copy will do."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:  # not every file system has hard links
+            shutil.copy2(one, other)
+
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=link)
+    elif source.name == "run.json":
+        shutil.copy2(source, target)  # which is written in place
+    else:
+        link(str(source), str(target))
+
+
+def _settle(run: Path, workshop: Path, address: str, record: Mapping[str, Any]) -> None:
+    """The last touches before a run moves: it says where it will be, is on the disk, and has its record."""
+    for path in (*run.glob("*.ipynb"), run / "report.json"):
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            if str(workshop) in text:
+                path.write_text(text.replace(str(workshop), address), encoding="utf-8")
+    (run / RECORD).write_text(json.dumps(dict(record), indent=1) + "\n", encoding="utf-8")
+    for path in run.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    _sync(run)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,308 @@
+"""A sweep: which of its runs are finished already, the others made on a cluster, and the report over all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import html
+import json
+import logging
+import re
+import shlex
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blip2nb.errors import RequestError
+from blip2nb.sweeps import worker
+from blip2nb.sweeps.asked import Asked
+from blip2nb.sweeps.identity import key_of
+from blip2nb.sweeps.place import FAILED, Place, place
+from blip2nb.sweeps.worker import Task
+
+if TYPE_CHECKING:
+    import distributed
+
+log = logging.getLogger("blip2nb")
+
+_BASE = 1_300_000_000
+"""Bytes of memory that a run takes beside its model: kernel, libraries, figures. Measured on a twin: 1.1 GB."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What a sweep found: the content of index.json. Shows itself as a table in a notebook.
+
+    Attributes:
+        address: the folder, or the address, that holds it.
+    """
+
+    address: str
+    index: Mapping[str, Any] = dataclasses.field(repr=False)
+
+    @property
+    def runs(self) -> list[Mapping[str, Any]]:
+        """One entry for each run that was asked for."""
+        return self.index["runs"]
+
+    @property
+    def status(self) -> int:
+        """What the command line ends with: 0 all good, 1 one diverges, 3 one failed or was not run."""
+        if any(run["state"] != "finished" for run in self.runs):
+            return 3
+        return 1 if any(run["verdict"] == "diverges" for run in self.runs) else 0
+
+    def figure(self, width: float = 7.0) -> Any:
+        """The sweep as a figure: what was proven of which run, and its errors over depth."""
+        from blip2nb.display.figures import sweep
+
+        return sweep.sweep(self.index, width=width)
+
+    def __repr__(self) -> str:
+        rows = [(run["run_name"], run["verdict"].replace("_", " ") or run["state"], _words(run)) for run in self.runs]
+        widths = [max(len(row[n]) for row in rows) for n in range(2)]
+        lines = [f"  {name:<{widths[0]}}  {found:<{widths[1]}}  {words}".rstrip() for name, found, words in rows]
+        return "\n".join([self.index["sentence"], "", *lines, "", f"  report  {self.address}/index.html"])
+
+    def _repr_html_(self) -> str:
+        cells = [(run["run_name"], run["verdict"].replace("_", " ") or run["state"], _words(run)) for run in self.runs]
+        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(one)}</td>' for one in row)}</tr>" for row in cells)
+        return f"<p><strong>{html.escape(self.index['sentence'])}</strong></p><table>{rows}</table>"
+
+
+def _words(run: Mapping[str, Any]) -> str:
+    """What matters most of a run, on one line."""
+    first = run["first_divergence"]
+    if run["error"] or (first and run["verdict"] == "diverges"):
+        return run["error"] or f"first wrong at {first['stage']}: {first['cause']}"
+    took = "finished before" if run["earlier"] else worker.duration(run["seconds"])
+    layers = run["proofs"]["layers"]
+    return "; ".join([took] + [f"layers {layers['words']}"] * (layers["state"] != "not done"))
+
+
+def sweep(
+    runs: Sequence[Asked],
+    output: str | Path = "",
+    *,
+    workers: int = 0,
+    scheduler: str = "",
+    timeout: float = 0.0,
+    keep_models: bool = False,
+    overwrite: bool = False,
+) -> Sweep:
+    """Make all runs that are not finished, and the report over all. Arguments as for `api.sweep`."""
+    where = place(output)
+    with where.lock(), _terminated_as_interrupted():
+        tasks = [_task(run, where, timeout, keep_models, overwrite) for run in runs]
+        outcomes = {} if overwrite else _finished(tasks, where)
+        todo = [(run, task) for run, task in zip(runs, tasks, strict=True) if task.name not in outcomes]
+        if outcomes:
+            log.info("%d of %d are finished already; kept", len(outcomes), len(tasks))
+        try:
+            if todo:
+                with _cluster(scheduler, workers, len(todo)) as (client, cores):
+                    for outcome in _make(client, cores, todo):
+                        outcomes[outcome["run_name"]] = outcome
+        finally:
+            found = _report(tasks, outcomes, where)
+    return found
+
+
+def gather(runs: Sequence[Asked], output: str | Path = "") -> Sweep:
+    """The report over runs that are there, whoever made them, without making any."""
+    where = place(output)
+    tasks = [_task(run, where) for run in runs]
+    records = where.records()
+    outcomes = {}
+    for task in tasks:
+        record = records.get(task.name) or records.get(f"{task.name}{FAILED}")
+        report = where.read(f"{task.name}/report.json")
+        if record is not None:
+            outcomes[task.name] = record | {"earlier": True}
+        elif report is not None:  # made by hand
+            verdict = json.loads(report)["verdict"]
+            outcomes[task.name] = task.outcome("finished", verdict=verdict, folder=task.name, earlier=True)
+    return _report(tasks, outcomes, where)
+
+
+def lines(runs: Sequence[Asked], output: str | Path = "", keep_models: bool = False) -> list[str]:
+    """A papermill command for each run that is not finished, for xargs, job arrays and the like."""
+    where = place(output)
+    tasks = [_task(run, where, 0.0, keep_models) for run in runs]
+    done = _finished(tasks, where)
+    out = []
+    for run, task in zip(runs, tasks, strict=True):
+        if task.name in done:
+            continue
+        given = {**task.parameters, "run_name": task.name, "output_dir": where.address, "keep_model": keep_models}
+        words = ["papermill", str(run.notebook.path), f"{where.address}/{task.name}.ipynb"]
+        for name, value in given.items():
+            if name in task.declared:
+                words += ["-r" if isinstance(value, str) else "-p", name, str(value)]
+        out.append(shlex.join(words))
+    return out
+
+
+def seconds(text: str | float) -> float:
+    """A time such as 90, 90s, 15min or 2h, in seconds; 0 for "".
+
+    Raises:
+        RequestError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d)?", str(text or 0).strip())
+    if found is None:
+        raise RequestError(f"--timeout should be a time such as 90s, 15min or 2h, found {text!r}.")
+    return float(found[1]) * {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}[found[2] or "s"]
+
+
+def _task(run: Asked, where: Place, timeout: float = 0.0, keep_models: bool = False, overwrite: bool = False) -> Task:
+    return Task(
+        name=run.name,
+        key=key_of(run),
+        notebook=run.notebook.name,
+        folder=str(run.notebook.path.parent),
+        text=run.notebook.text,
+        parameters=run.parameters,
+        declared=tuple(run.notebook.declared),
+        output=where.address,
+        keep_model=keep_models,
+        overwrite=overwrite,
+        timeout=timeout,
+    )
+
+
+def _finished(tasks: Sequence[Task], where: Place) -> dict[str, dict[str, Any]]:
+    """The outcomes of earlier sweeps that still hold: made of the same, and nothing was changed since."""
+    records = where.records()
+    found = {}
+    for task in tasks:
+        record = records.get(task.name)
+        if record is None or record["key"] != task.key or record["state"] != "finished":
+            continue
+        report = where.read(f"{task.name}/report.json")
+        same = record["report"] == (hashlib.sha256(report).hexdigest() if report is not None else "")
+        there = not record["kept"] or where.read(f"{task.name}/model/config.json") is not None
+        kept = not task.keep_model or (record["keep_model"] and there)
+        if same and kept:
+            found[task.name] = record | {"earlier": True}
+    return found
+
+
+@contextlib.contextmanager
+def _cluster(scheduler: str, workers: int, runs: int) -> Iterator[tuple[distributed.Client, int]]:
+    """A client, and the cores of its workers' machine where there is one machine."""
+    from blip2nb.sweeps import cluster
+
+    if scheduler:
+        with cluster.remote(scheduler) as client:
+            yield client, 0
+    else:
+        cores = cluster.cores()
+        with cluster.local(min(workers or cores, runs)) as client:
+            yield client, cores
+
+
+def _make(client: distributed.Client, cores: int, todo: Sequence[tuple[Asked, Task]]) -> Iterator[dict[str, Any]]:
+    """The outcomes of all runs, as they come. Those that take longest are begun first, so that none is left alone."""
+    from blip2nb.sweeps import cluster
+    from blip2nb.sweeps.progress import Board
+
+    largest = cluster.largest(client)
+    sized = {task.name: _Need.of(run, largest) for run, task in todo}
+    with Board(len(todo), cluster.slots(client)) as board:
+        fitting = []
+        for _, task in sorted(todo, key=lambda one: -sized[one[1].name].work):
+            if sized[task.name].refused:
+                outcome = task.outcome("failed", error=sized[task.name].refused)
+                board.done(outcome)
+                yield outcome
+            else:
+                fitting.append(task)
+        needs = {task.name: sized[task.name].memory for task in fitting}
+        for outcome in cluster.run(client, fitting, needs, cores, board.cell):
+            board.done(outcome)
+            yield outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class _Need:
+    """What a run takes: bytes of memory, and how much work it is beside others. Or why it cannot be made."""
+
+    memory: int
+    work: float
+    refused: str = ""
+
+    @classmethod
+    def of(cls, run: Asked, largest: int) -> _Need:
+        """
+        Args:
+            largest: bytes of memory of the largest worker. A model that fits in none is proven by
+                its weights alone, as it would be by hand, unless both proofs were asked for.
+        """
+        from blip2nb.models.preview import CONVERTING, memory_proving
+
+        model = _model_of(run)
+        if model is None:
+            return cls(_BASE, 0.0)
+        proving, proof = memory_proving(model), run.parameters.get("proof", "auto")
+        work = proving * model.vision_tokens
+        fits = proving <= largest
+        if proof == "weights" or (not fits and proof != "both"):
+            return cls(_BASE + CONVERTING, work)
+        if not fits:
+            return cls(0, work, f"Running {model.name} in float32 takes {proving / 1e9:.0f} GB of memory; the largest "
+                       f"worker has {largest / 1e9:.0f}. Use a larger machine, or proof weights.")  # fmt: skip
+        need = _BASE + proving
+        return cls(min(need, largest), work)
+
+
+def _model_of(run: Asked) -> Any:
+    """The variant that a run is of, as far as that can be told before it runs."""
+    source = str(run.parameters.get("source") or run.parameters.get("checkpoint") or "")
+    model = run.model or ("" if source else str(run.notebook.declared.get("model_name", "")))
+    try:
+        if model:
+            from blip2nb.variants import variant
+
+            return variant(model)
+        if source:
+            from blip2nb.models.files import which
+
+            return which("", source)
+    except RequestError:
+        pass  # which the run will say, and keep in its notebook
+    return None
+
+
+def _report(tasks: Iterable[Task], outcomes: Mapping[str, Mapping[str, Any]], where: Place) -> Sweep:
+    """Write the report over all runs, in the order in which they were asked for."""
+    from blip2nb.display import overview
+
+    entries = []
+    for task in tasks:
+        outcome = outcomes.get(task.name) or task.outcome("not run")
+        report = where.read(f"{outcome['folder']}/report.json") if outcome["state"] == "finished" else None
+        entries.append(overview.summarise(outcome, json.loads(report) if report is not None else None))
+    index = overview.index(entries)
+    where.write(overview.texts(index))
+    return Sweep(where.address, index)
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends a sweep as Ctrl-C does: cleanly, with what is finished."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

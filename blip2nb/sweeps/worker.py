@@ -1,0 +1,265 @@
+"""One run on a worker: its notebook in a process of its own, watched, ended when it must be, and put in its place."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from blip2nb.sweeps.leftovers import end, end_leftovers, family, note_processes
+from blip2nb.sweeps.place import FAILED, place
+
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_LOOK = 0.5  # seconds between two looks at the clock, and at whether the run is still wanted
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """All that a worker needs to know of a run. Travels to it, so it holds plain values.
+
+    Attributes:
+        folder: where the notebook stands, and runs where that folder is here too.
+        text: the notebook itself, for workers that do not have it.
+        overwrite: begin anew, whatever stands in its place.
+        timeout: seconds after which it is ended; 0 for never.
+    """
+
+    name: str
+    key: str
+    notebook: str
+    folder: str
+    text: str = dataclasses.field(repr=False)
+    parameters: Mapping[str, Any]
+    declared: tuple[str, ...]
+    output: str
+    keep_model: bool
+    overwrite: bool
+    timeout: float
+
+    def outcome(self, state: str, **found: Any) -> dict[str, Any]:
+        """What became of it, as sweep.json and index.json have it."""
+        return {
+            "run_name": self.name,
+            "model_name": self.parameters.get("model_name", ""),
+            "notebook": self.notebook,
+            "parameters": dict(self.parameters),
+            "key": self.key,
+            "state": state,
+            "verdict": "",
+            "error": "",
+            "traceback": "",
+            "seconds": 0.0,
+            "finished": "",
+            "earlier": False,
+            "folder": "",
+            "executed": "",
+            **found,
+        }
+
+
+def run(task: Task, threads: int, say: Callable[..., None], wanted: Callable[[], bool]) -> dict[str, Any] | None:
+    """Execute a task and put what it leaves in its place.
+
+    Args:
+        threads: for the libraries' arithmetic.
+        say: told of each cell as it begins: `cell`, `of`, `title`.
+        wanted: asked now and then; where it says no, everything is ended and nothing is left.
+
+    Returns:
+        The outcome, which is also the run's record; None for a run that was not wanted any more.
+    """
+    where = place(task.output)
+    workshop = where.begin(task.name, task.key, task.overwrite)
+    made = workshop / task.name
+    stood = (made / "model").is_dir()  # a model that was here before the sweep is not the sweep's to remove
+    began = time.monotonic()
+    try:
+        process = _start(task, workshop, stood or task.keep_model, threads)
+        said = _attend(task, workshop, process, say, wanted)
+    except _NotWanted:
+        shutil.rmtree(workshop, ignore_errors=True)
+        return None
+    outcome = _judge(task, made, said)
+    executed = f"{task.notebook}.ipynb"
+    outcome |= {
+        "seconds": round(time.monotonic() - began, 2),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "executed": executed if (made / executed).is_file() else "",
+        "report": digest(made / "report.json"),
+    }
+    if outcome["state"] == "failed" or not (stood or task.keep_model):
+        _remove_model(made, outcome["state"] == "failed")
+    outcome["keep_model"] = task.keep_model
+    outcome["kept"] = (made / "model").is_dir()
+    where.publish(workshop, task.name, outcome)
+    return outcome
+
+
+def give_up(task: Task, error: str) -> dict[str, Any]:
+    """The outcome of a run that its worker could not tell of, and whatever it left, in its place."""
+    outcome = task.outcome("failed", error=error, folder=f"{task.name}{FAILED}")
+    where = place(task.output)
+    workshop = where.begin(task.name, task.key, task.overwrite)
+    made, executed = workshop / task.name, f"{task.notebook}.ipynb"
+    outcome["executed"] = executed if (made / executed).is_file() else ""
+    _remove_model(made, failed=True)
+    where.publish(workshop, task.name, outcome)
+    return outcome
+
+
+class _NotWanted(Exception):
+    """The sweep was stopped, or the run given to another worker."""
+
+
+def _start(task: Task, workshop: Path, keep: bool, threads: int) -> subprocess.Popen:
+    """The notebook's process, told what to do."""
+    made = workshop / task.name
+    notebook = Path(task.folder, f"{task.notebook}.ipynb")
+    if not notebook.is_file() or notebook.read_text(encoding="utf-8") != task.text:
+        notebook = workshop / f"{task.notebook}.ipynb"
+        notebook.write_text(task.text, encoding="utf-8")
+    asked = {
+        "input": str(notebook),
+        "output": str(made / f"{task.notebook}.ipynb"),
+        "folder": task.folder if Path(task.folder).is_dir() else str(workshop),
+        "parameters": _injected(task, workshop, keep),
+    }
+    with open(workshop / "log", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "blip2nb.sweeps.child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, **dict.fromkeys(_THREADS, str(threads))},
+            start_new_session=True,  # a Ctrl-C in the terminal is the sweep's to deal with
+        )
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(f"{json.dumps(asked)}\n".encode())  # type: ignore[union-attr]
+        process.stdin.flush()  # type: ignore[union-attr]
+    return process
+
+
+def _injected(task: Task, workshop: Path, keep: bool) -> dict[str, Any]:
+    """The parameters as papermill is given them: the run's, and where it goes. A notebook that makes runs of its own
+    makes them inside."""
+    given = dict(task.parameters)
+    if "output_dir" in task.declared:
+        given["output_dir"] = str(workshop if "run_name" in task.declared else workshop / task.name)
+    if "run_name" in task.declared:
+        given["run_name"] = task.name
+    if "keep_model" in task.declared:
+        given["keep_model"] = keep
+    return given
+
+
+def _attend(
+    task: Task, workshop: Path, process: subprocess.Popen, say: Callable[..., None], wanted: Callable[[], bool]
+) -> dict[str, Any]:
+    """What the notebook's process said last, or what became of it instead. No process of the run is left then."""
+    lines: queue.Queue[bytes | None] = queue.Queue()
+    threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
+    try:
+        said = _watch(task, workshop, process.pid, lines, say, wanted)
+    finally:
+        end(family(process.pid))
+        end_leftovers(workshop)  # a kernel whose parent was killed is nobody's child any more
+        status = process.wait()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()  # type: ignore[union-attr]
+    if "done" in said or "error" in said:
+        return said
+    return {"error": _died(status), "kind": "Died", "traceback": (workshop / "log").read_text(errors="replace")[-4000:]}
+
+
+def _watch(
+    task: Task,
+    workshop: Path,
+    pid: int,
+    lines: queue.Queue[bytes | None],
+    say: Callable[..., None],
+    wanted: Callable[[], bool],
+) -> dict[str, Any]:
+    deadline = time.monotonic() + task.timeout if task.timeout else float("inf")
+    said: dict[str, Any] = {}
+    while True:
+        with contextlib.suppress(queue.Empty):
+            line = lines.get(timeout=_LOOK)
+            if line is None:
+                return said
+            said = json.loads(line)
+            if "cell" in said:
+                say(**said)
+        note_processes(workshop, family(pid))
+        if not wanted():
+            raise _NotWanted
+        if time.monotonic() > deadline:
+            return {"error": f"Not finished after {duration(task.timeout)}, and ended: --timeout.", "kind": "Timeout"}
+
+
+def _read(pipe: Any, lines: queue.Queue[bytes | None]) -> None:
+    with contextlib.suppress(ValueError, OSError):  # it was closed
+        for line in pipe:
+            lines.put(line)
+    lines.put(None)
+
+
+def _died(status: int) -> str:
+    if status < 0:
+        return f"The process that ran the notebook was killed by signal {-status}: often that is a lack of memory."
+    return f"The process that ran the notebook ended with status {status} and without a word."
+
+
+def duration(seconds: float) -> str:
+    """A time in words: 90 s, 15 min, 2 h."""
+    for size, word in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {word}"
+    return f"{seconds:.3g} s"
+
+
+def _judge(task: Task, made: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What became of the run. That two models differ is a finding: the notebook says so in its last cell by an error,
+    and the report in words."""
+    verdict = ""
+    if (made / "report.json").is_file():
+        verdict = json.loads((made / "report.json").read_text())["verdict"]
+    found = "done" in said or (verdict == "diverges" and said.get("kind") == "AssertionError")
+    if found:
+        return task.outcome("finished", verdict=verdict, folder=task.name)
+    error = _ANSI.sub("", said["error"])
+    kind = said["kind"]
+    if kind == "DeadKernelError":
+        error = "The notebook's kernel died: often that is a lack of memory. Fewer --workers need less."
+    elif kind not in ("RequestError", "Timeout", "Died") and not error.startswith(kind):
+        error = f"{kind}: {error}"
+    traceback = _ANSI.sub("", said.get("traceback", ""))
+    return task.outcome("failed", error=error, traceback=traceback, folder=f"{task.name}{FAILED}")
+
+
+def digest(report: Path) -> str:
+    """A hash of a report as it stands; "" where there is none."""
+    return hashlib.sha256(report.read_bytes()).hexdigest() if report.is_file() else ""
+
+
+def _remove_model(made: Path, failed: bool) -> None:
+    """Without its converted model a run is its report; what failed leaves its notebook alone."""
+    shutil.rmtree(made / "model", ignore_errors=True)
+    for left in made.glob(".*"):  # what a conversion that did not come to its end had written
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+    if failed:
+        for tape in made.glob("tape*.safetensors"):
+            tape.unlink()
