@@ -13,7 +13,7 @@ STRIP := -m nbstripout --keep-id --drop-tagged-cells injected-parameters \
 	metadata.language_info.codemirror_mode metadata.language_info.file_extension metadata.language_info.mimetype \
 	metadata.language_info.nbconvert_exporter metadata.language_info.pygments_lexer metadata.language_info.version"
 
-.PHONY: help demo test extended lint lab setup lavis twins tapes picture docs filter strip bench rates clean
+.PHONY: help demo test extended lint lab setup browser lavis twins tapes picture docs filter strip bench sweeps rates clean
 .NOTPARALLEL:  # two notebooks at once would write to one run
 
 help:  ## what can be made
@@ -26,7 +26,7 @@ demo: setup  ## convert a twin, prove it, show the verdict (needs no LAVIS)
 	@$(BIN)/blip2nb show $(MODEL)
 	@echo "  notebook  outputs/$(MODEL).ipynb"
 
-test: setup .venv/dev.done lavis lint  ## everything, LAVIS itself included
+test: setup .venv/dev.done lavis browser lint  ## everything, LAVIS itself included
 	$(BIN)/python -m pytest
 
 extended: .venv/dev.done .transformers4/installed.done  ## the converted directories in transformers 4.57 too (another 135 MB)
@@ -41,6 +41,9 @@ lab: setup  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/convert.ipynb
 
 setup: .venv/main.done  ## the main environment (.venv)
+
+browser: .venv/dev.done  # a browser for the tests; where none can be had it says so, and those tests are skipped
+	@$(BIN)/python tests/browser.py
 
 lavis: .venv-lavis/lavis.done  ## the LAVIS environment (.venv-lavis) and its Jupyter kernel
 
@@ -74,13 +77,16 @@ bench: setup  ## what conversions cost at full size: an hour, 51 GB of disk, and
 	$(BIN)/python -m benchmarks.convert --size all --in-memory --cast bfloat16 --costs
 	$(BIN)/python -m benchmarks.notebooks
 
+sweeps: setup .venv/dev.done browser  ## what a sweep gains, costs and survives: an hour, and a machine with nothing else to do
+	$(BIN)/python -m benchmarks.sweep
+
 rates: setup lavis  ## how often faults are found, how often one is imagined, what a verification costs: an hour
 	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.false_alarms
 	$(BIN)/python -m benchmarks.verification
 
 clean:  ## remove the environments, the book and everything in outputs/
-	rm -rf .venv .venv-lavis .transformers4 $(BOOK) $(filter-out outputs/README.md,$(wildcard outputs/*))
+	rm -rf .venv .venv-lavis .transformers4 .browser $(BOOK) $(filter-out outputs/README.md,$(wildcard outputs/*))
 
 .venv/main.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed, found ' + sys.version.split()[0] + '. Say which with: make PYTHON=python3.11')"

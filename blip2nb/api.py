@@ -60,6 +60,7 @@ def convert(
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
     push_to_hub: str = "",
+    private: bool = False,
 ) -> Run:
     """Convert a LAVIS BLIP-2 model into a directory that transformers loads. Needs neither LAVIS nor much memory.
 
@@ -72,12 +73,13 @@ def convert(
         dtype: "auto" keeps every tensor's stored dtype and loses nothing; or float32, float16, bfloat16.
         max_shard_size: as in transformers, such as "5GB".
         overwrite: replace a directory that holds another conversion.
-        push_to_hub: a repository (user/name) to upload to when done. The token comes from the environment or the
-            hub's login.
+        push_to_hub: a repository (user/name) to upload to when done, as `push` does it. The token comes from the
+            environment or the hub's login.
+        private: of that repository, where it is made.
 
     Returns:
-        The run; `run.model` is the directory. One that holds the same conversion already is kept as it is. What was
-        interrupted is gone on with by the same call.
+        The run; `run.model` is the directory, with a model card. One that holds the same conversion already is kept as
+        it is. What was interrupted is gone on with by the same call.
 
     Raises:
         RequestError: the request or its input is wrong. Nothing is left behind.
@@ -97,12 +99,41 @@ def convert(
     if not directory.holds_already(run.model, opened, recipe, overwrite):
         directory.write_model(run.model, opened, recipe)
         run.forget_proof()
+    if not (run.model / "README.md").exists():
+        _write_card(run)
     run.remember(source, base)
     if push_to_hub:
-        from blip2nb.models import hub
-
-        hub.upload(run.model, push_to_hub, token)
+        push(run, push_to_hub, private=private, token=token)
     return run
+
+
+def _write_card(run: Run) -> None:
+    from blip2nb.display import card
+
+    card.write(run)
+
+
+def push(target: str | Path | Run, repository: str, *, private: bool = False, token: str = "") -> str:
+    """Upload a converted model with its card to the hub: what the hub does not have of it yet, as one commit.
+
+    After a proof, that is the card and its figure. A card that was edited, here or there, is not written over.
+
+    Args:
+        target: a converted directory, a run's folder or name, or a run.
+        repository: user/name; made where it is not there.
+        private: make it a private one.
+        token: the environment's or the login's unless given.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        RequestError: the proof found that it is not the model, or there is no converted model, name or token; or the
+            hub could not be reached or refused. What is converted stays.
+    """
+    from blip2nb.models import hub
+
+    return hub.push(_run_of(target), repository, token, private)
 
 
 def plan(
@@ -197,9 +228,9 @@ def _check_dtype(dtype: str, possible: Sequence[str] = tuple(CASTS)) -> None:
         raise RequestError(f"--dtype should be one of {', '.join(possible)}, found {dtype!r}.")
 
 
-def _hub_token(repository: str) -> str | None:
+def _hub_token(repository: str) -> str:
     if not repository:
-        return None
+        return ""
     from blip2nb.models import hub
 
     return hub.find_token(repository)
@@ -286,6 +317,8 @@ def verify(
     images: Paths = (),
     texts: str | Sequence[str] = (),
     dtype: str = "",
+    push_to_hub: str = "",
+    private: bool = False,
 ) -> Report:
     """Prove that a converted directory is the model LAVIS runs, and say where it first goes wrong if it is not.
 
@@ -303,9 +336,10 @@ def verify(
         texts: each stands beside the image in `forward`, and before the caption as its prompt.
         dtype: what transformers runs the model in: float32, bfloat16 or float16; float32 unless the weights were cast.
             LAVIS's recording is in float32 always.
+        push_to_hub, private: as for `convert`. A model that diverges is not uploaded.
 
     Returns:
-        The report, which is also written to the run's folder.
+        The report, which is also written to the run's folder, and into the model's card.
 
     Raises:
         RequestError: the request is wrong, among others: `both` without a way to a tape.
@@ -320,11 +354,13 @@ def verify(
     if dtype:
         _check_dtype(dtype, ("float32", "bfloat16", "float16"))
     run = _run_of(target)
+    own = run.folder
     if output:
         run = dataclasses.replace(run, folder=Path(output).expanduser().resolve())
     manifest = Manifest.read(run.model)
     if (images or texts) and proof == "weights":
         raise RequestError("--images and --text show both models something; --proof weights runs neither.")
+    token = _hub_token(push_to_hub)
     chosen = choose(manifest.model_variant, images, texts)
     proof = proof if chosen is None else "both"
     found = None
@@ -343,6 +379,12 @@ def verify(
         draw(run)
     else:
         run.page.unlink(missing_ok=True)  # it would be an earlier report's
+    if run.folder == own or push_to_hub:  # a proof that is kept elsewhere leaves the directory as it is
+        _write_card(run)
+    if push_to_hub and report.verdict == "diverges":
+        log.warning("%s was not uploaded: it is not the model that LAVIS runs", run.folder.name)
+    elif push_to_hub:
+        push(run, push_to_hub, private=private, token=token)
     return report
 
 

@@ -67,13 +67,26 @@ Text = Annotated[
         help="Shown with each image: beside it in the forward pass, and as its caption's prompt. More with --text.",
     ),
 ]
+PushToHub = Annotated[
+    str, typer.Option(metavar="REPO", help="Upload to user/name when done; token from the environment or the login.")
+]
+Private = Annotated[bool, typer.Option("--private", help="Make that repository a private one.")]
 Texts = Annotated[str, typer.Option(metavar="FILE", help="A file of such texts, one a line.")]
 
 
 def main() -> None:
     """Entry point: runs the command and turns the kit's errors into one sentence and an exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "httpcore", "huggingface_hub", "papermill", "matplotlib", "fontTools"):
+    for noisy in (
+        "httpx",
+        "httpcore",
+        "httpx2",
+        "httpcore2",
+        "huggingface_hub",
+        "papermill",
+        "matplotlib",
+        "fontTools",
+    ):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         status = app(standalone_mode=False) or 0
@@ -193,9 +206,8 @@ def convert(
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
     run_name: Annotated[str, typer.Option(help="Folder under outputs/; the model's name unless given.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what stands there.")] = False,
-    push_to_hub: Annotated[
-        str, typer.Option(metavar="REPO", help="Upload to user/name when done; token from the login.")
-    ] = "",
+    push_to_hub: PushToHub = "",
+    private: Private = False,
     check: Annotated[
         str, typer.Option(metavar="DIR", help="Convert nothing: read DIR again, and its source, and compare.")
     ] = "",
@@ -220,6 +232,7 @@ def convert(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         push_to_hub=push_to_hub,
+        private=private,
     )
     if as_json:
         _print_json({"model": model, "output": str(run.model)})
@@ -315,6 +328,8 @@ def verify(
     dtype: Annotated[str, typer.Option(help="What transformers runs in: float32, bfloat16, float16.")] = "",
     figures: Annotated[bool, typer.Option(help="Also draw the figures.")] = True,
     keep_model: Annotated[bool, typer.Option(help="Or remove the model at the end; the report stays.")] = True,
+    push_to_hub: PushToHub = "",
+    private: Private = False,
     as_json: Json = False,
 ) -> None:
     """Prove that a converted directory is the model LAVIS runs, or say where it first goes wrong.
@@ -338,6 +353,8 @@ def verify(
         images=images or (),
         texts=_all_texts(text, texts),
         dtype=dtype,
+        push_to_hub=push_to_hub,
+        private=private,
     )
     api.finish(run, keep_model)
     if as_json:
@@ -346,6 +363,26 @@ def verify(
         print(report)
     if report.verdict == "diverges":
         raise typer.Exit(Diverges.exit_status)
+
+
+@app.command()
+def push(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's folder or name, or a converted directory.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="user/name; made where it is not there.")],
+    private: Private = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a converted model with its card: what the hub lacks of it, after a proof the card alone.
+
+    Exit status: 2 for a model whose proof failed, and for whatever the hub says against it.
+    """
+    from blip2nb import api
+
+    address = api.push(run, repository, private=private)
+    if as_json:
+        _print_json({"repository": address})
+        return
+    print(address)
 
 
 @app.command()

@@ -9,7 +9,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import browser
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -118,3 +120,13 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         return Outcome(int(ended.value.code or 0), said.out, said.err)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A browser for one module: while it is open no other event loop runs in this thread, such as a kernel client's."""
+    lacking = browser.missing()
+    if lacking:
+        pytest.skip(f"no {' and no '.join(lacking)} here; `python tests/browser.py` gets them where it can")
+    with browser.opened() as one:
+        yield one

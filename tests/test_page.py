@@ -204,7 +204,7 @@ def test_what_is_explained_comes_with_its_remedy_and_how_to_caption() -> None:
     assert any("differ from LAVIS's by 4e-6 of their size" in one and "3e-7" in one for one in said)
     assert code[0] == "model.vision_model.post_layernorm.eps = 1e-5"
     assert "from_pretrained('model') model.vision_model.post_layernorm.eps = 1e-5 # eps of the post layer" in code[1]
-    compile(page._usage(CASES["explained"][0]), "usage", "exec")
+    compile(text.program(CASES["explained"][0]), "usage", "exec")
 
 
 def test_captions_that_change_are_not_called_safe() -> None:
@@ -253,10 +253,10 @@ def test_a_cast_model_is_told_what_can_be_proven() -> None:
 
 def test_a_checkpoint_of_ones_own_is_named_in_the_commands() -> None:
     report = copy.deepcopy(CASES["match"][0])
-    assert page._commands(report) == f"blip2nb convert {TWIN}\nblip2nb verify {TWIN}"
+    assert text.commands(report) == f"blip2nb convert {TWIN}\nblip2nb verify {TWIN}"
     report["provenance"] |= {"checkpoints": ["blip2_pretrained_opt2.7b.pth", "my best.pth"], "dtype": "float16"}
     commands = f"blip2nb convert {TWIN} --source 'my best.pth' --dtype float16\nblip2nb verify '{TWIN}--my best'"
-    assert page._commands(report) == commands
+    assert text.commands(report) == commands
 
 
 # --------------------------------------------------------------------------------------------------- what goes wrong

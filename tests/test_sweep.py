@@ -304,7 +304,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_runs_are_made_again(probe):
 
 @pytest.fixture
 def dask_cluster(tmp_path, probe):
-    """A scheduler and two workers, as `dask scheduler` and `dask worker` start them. Gives the address and the workers."""
+    """A scheduler and two workers, as the commands of Dask start them. Gives the address and the workers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"

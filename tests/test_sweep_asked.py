@@ -92,7 +92,7 @@ def test_a_list_of_names_is_a_list_too_and_may_mix_notebooks(tmp_path):
         ([], {}, "Nothing was named to run"),
         (["gone.pth"], {}, "gone.pth does not exist"),
         (["gone.yaml"], {}, "gone.yaml could not be read as a list of runs"),
-        (["tiny-*"], {"notebook": "covert"}, "Did you mean 'convert'?"),
+        (["tiny-*"], {"notebook": "convertt"}, "Did you mean 'convert'?"),
         (["tiny-*"], {"parameters": {"dtpe": "auto"}}, "Did you mean 'dtype'?"),
         (["tiny-*"], {"parameters": {"overwrite": "perhaps"}}, "overwrite should be true or false, found 'perhaps'"),
         (["tiny-*"], {"notebook": "08_break_it", "grid": {"seed": ["1.5"]}}, "seed should be a whole number"),

@@ -250,29 +250,6 @@ def test_a_wrong_option_is_refused_with_what_was_found(refuse, tmp_path: Path, o
     assert words in refuse("convert", OPT, *place, *options)
 
 
-@pytest.mark.parametrize(
-    "repository", ["model", "a/b/c", "/model", "user/", "user/two words", "us*er/model", "user/--"]
-)
-def test_a_wrong_repository_name_is_refused_before_any_work(refuse, monkeypatch, tmp_path: Path, repository: str):
-    monkeypatch.setenv("HF_TOKEN", "hf_not_a_real_token")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    said = refuse("convert", OPT, "--output", tmp_path / "model", "--push-to-hub", repository)
-    assert repr(repository) in said
-    assert "hf_not_a_real_token" not in said
-
-
-def test_a_push_without_a_token_is_refused_before_any_work(tmp_path: Path):
-    ended = in_a_process(
-        *("convert", OPT, "--output", tmp_path / "model", "--push-to-hub", "user/model"),
-        HF_TOKEN="",
-        HUGGING_FACE_HUB_TOKEN="",
-        HF_TOKEN_PATH="",
-        HF_HOME=str(tmp_path / "home"),
-        BLIP2NB_CACHE=str(tmp_path / "cache"),
-    )
-    assert "hf auth login" in sentence(ended, tmp_path, {})
-
-
 def test_released_files_that_cannot_be_fetched_are_named_with_the_way_to_give_them(tmp_path: Path):
     nowhere = "http://127.0.0.1:9"  # no server: there is no network from here on
     ended = in_a_process(

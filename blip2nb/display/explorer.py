@@ -28,6 +28,15 @@ _VIEWS = {
     "this image: the caption": "captions",
 }
 _OF_STAGE = ("token_by_channel", "signature", "one_position")
+_TOOLTIPS = {
+    "show": "which figure",
+    "stage": "a place in the network, by its name on both sides",
+    "transformers": "what transformers' stage was fed",
+    "token": "a position of the stage, from 0 on",
+    "image": "which image's caption, from 1 on",
+}
+# A widget's line is as high as a control, which tears prose apart; a long path is broken, so that its neighbours fit.
+_PROSE = "<div style='line-height: 1.4; overflow-wrap: anywhere; white-space: normal'>{}</div>"
 _FED = {"as the model runs (drift)": "own", "fed what LAVIS's stage was fed (local error)": "lavis"}
 
 
@@ -59,16 +68,18 @@ class Explorer:
         for control in (self.view, self.stage, self.fed, self.token, self.image):
             control.layout.width = "32em" if isinstance(control, widgets.Dropdown) else "14em"
             control.style.description_width = "7em"
+            control.tooltip = _TOOLTIPS[control.description]
             control.observe(self._changed, "value")
         places = [fault["stage"] for fault in self.report.content.get("faults") or []]
         self._faulty = [name for name in stages if name in places]
         self.next_fault = widgets.Button(description="next fault", disabled=not self._faulty)
+        self.next_fault.layout.margin = "2px 2px 2px 1em"
         self.next_fault.on_click(lambda _: self._go_on())
         self._causes = widgets.HTML()
         self._inside = widgets.Image(format="png", width=96 * 7, layout={"max_width": "100%", "display": "none"})
-        top = widgets.HBox([self.view, self.stage, self.next_fault, self.fed, self.token, self.image])
-        top.layout.flex_flow = "row wrap"
-        self._box = widgets.VBox([top, self._picture, self._causes, self._inside, self._words])
+        rows = ((self.view,), (self.stage, self.next_fault), (self.fed,), (self.token, self.image))
+        top = [widgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
+        self._box = widgets.VBox([*top, self._picture, self._words, self._causes, self._inside])
         self._changed(None)
 
     def inside(self) -> Any:
@@ -138,12 +149,12 @@ class Explorer:
         if picture is not None:
             self._picture.value = picture._repr_png_()[0]
         missing = f"<p>No picture of this: {self.view.label} of {self.stage.value}.</p>" if picture is None else ""
-        self._words.value = missing + self._describe()
+        self._words.value = _PROSE.format(missing + self._describe())
 
     def _open_fault(self) -> None:
         """The chosen stage's causes and its inside, where it has a fault; nothing where it has none."""
         faults, picture = Faults(self._here), self.inside()
-        self._causes.value = faults._repr_html_() if faults.groups else ""
+        self._causes.value = _PROSE.format(faults._repr_html_()) if faults.groups else ""
         self._inside.layout.display = "none" if picture is None else None
         if picture is not None:
             self._inside.value = picture._repr_png_()[0]
@@ -153,10 +164,10 @@ class Explorer:
         assert self.tensors is not None
         stage = next(one for one in self.report["stages"] if one["name"] == self.stage.value)
         ours, theirs = (_flat(values)[self.token.value] for values in self.tensors)
-        most = np.argsort(-np.abs(theirs.astype(float) - ours.astype(float)))[:5]
+        difference = theirs.astype(float) - ours.astype(float)
+        most = np.argsort(-np.abs(difference))[:5]
         rows = "".join(
-            f"<tr><td>{channel}</td><td>{ours[channel]:.6g}</td><td>{theirs[channel]:.6g}</td>"
-            f"<td>{float(theirs[channel]) - float(ours[channel]):.2e}</td></tr>"
+            _row("td", channel, f"{ours[channel]:.6g}", f"{theirs[channel]:.6g}", f"{difference[channel]:.2e}")
             for channel in most.tolist()
         )
         text = html.escape(_token(self.report, self.stage.value, self.token.value))
@@ -164,9 +175,10 @@ class Explorer:
             f"<p><b>{html.escape(repr(self.tensors))}</b><br>LAVIS <code>{html.escape(stage['reference'])}</code>, "
             f"transformers <code>{html.escape(stage['module'])}</code><br>"
             f"The same arrays: <code>run.tensor({stage['name']!r}, fed={self.fed.value!r})</code></p>"
-            f"<p>Token {self.token.value}{text}, the channels where they differ most:</p><table><tr><th>channel</th>"
-            f"<th>LAVIS</th><th>transformers</th><th>difference</th></tr>{rows}</table>"
-            "<p>Activations are recorded for the first image; the others have captions alone.</p>"
+            f"<p>Token {self.token.value}{text}, the channels where they differ most:</p>"
+            f"<table>{_row('th', 'channel', 'LAVIS', 'transformers', 'difference')}{rows}</table>"
+            "<p>Activations are recorded for the first image; the others have captions alone. On the keyboard, Alt+↓ "
+            "opens a list: JupyterLab takes the arrows alone for its cells.</p>"
         )
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -180,6 +192,11 @@ class Explorer:
 
     def __repr__(self) -> str:
         return f"Explorer over {self.run.folder.name}: {len(self.report['stages'])} stages"
+
+
+def _row(tag: str, *cells: object) -> str:
+    style = "style='text-align: right; padding: 0.1em 0 0.1em 1.2em'"
+    return f"<tr>{''.join(f'<{tag} {style}>{cell}</{tag}>' for cell in cells)}</tr>"
 
 
 def _flat(values: np.ndarray) -> np.ndarray:

@@ -7,27 +7,20 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import hashlib
 import io
 import math
 import os
-import re
-import shlex
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 
-from blip2nb.display import faults, plots, text
+from blip2nb.display import faults, plots, templates, text
 from blip2nb.display.figures.depth import Depth
 from blip2nb.display.figures.style import Arrays, Report, rasterise
 from blip2nb.display.figures.words import as_bytes, as_count, as_number, as_percent, as_times
-from blip2nb.variants import variant
 
 MOST_ROWS = 200
 """So many rows of a figure's data are on the page; where there are more, it says so."""
@@ -51,20 +44,15 @@ def render(report: Report, arrays: Arrays, drawn: Mapping[str, Image.Image] | No
         arrays: as in arrays.safetensors.
         drawn: those of `plots.rasters` that were drawn already, by the figure's name. The others are drawn.
     """
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(number=as_number, bytes=as_bytes, count=as_count, cell=_cell)
-    environment.filters.update(breakable=_breakable, source_hash=_source_hash)
-    template = (resources.files("blip2nb.display") / "page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    template = templates.template("page.html.j2", number=as_number, bytes=as_bytes, count=as_count, cell=_cell)
+    return template.render(
         report=report,
         words=text.VERDICTS[report["verdict"]],
         behaviour=report["proof"] == "both",
-        meaning=_meaning(report),
-        problems=_problems(report["weights"]),
-        usage=_usage(report),
-        completion=_completion(report),
+        meaning=meaning(report),
+        problems=problems(report["weights"]),
+        usage=text.program(report),
+        completion=text.completion(report),
         numbers=text.numbers(report),
         figures=list(_figures(report, arrays, drawn or {})),
         faults=[_fault(group) for group in faults.Faults(report).groups],
@@ -72,25 +60,15 @@ def render(report: Report, arrays: Arrays, drawn: Mapping[str, Image.Image] | No
         names=_names(report["weights"]["names"]),
         files=_files(report["provenance"]["files"]),
         packages=sorted({package for found in report["versions"].values() for package in found}),
-        commands=_commands(report),
+        commands=text.commands(report),
         most_rows=MOST_ROWS,
     )
-
-
-def _source_hash(source: Markup) -> str:
-    """What a Content-Security-Policy knows an inline style or script by."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}"
-
-
-def _breakable(name: str) -> Markup:
-    """A dotted name that may go on in the next line with its last two parts. Every such place costs a browser time."""
-    return Markup("<wbr>").join(re.split(r"(?<=\.)(?=[^.]+\.[^.]+$)", name))
 
 
 # -- what it means
 
 
-def _meaning(report: Report) -> list[tuple[str, str]]:
+def meaning(report: Report) -> list[tuple[str, str]]:
     """Answers to what its owner asks first, as (question, answer)."""
     answers = [("Is it safe to ship?", _safe(report))]
     if report["proof"] == "both":
@@ -154,51 +132,12 @@ def _about_pixels(pixels: Mapping[str, Any]) -> str:
     return words
 
 
-def _problems(weights: Mapping[str, Any]) -> list[str]:
+def problems(weights: Mapping[str, Any]) -> list[str]:
     """What is wrong with the weights, a line each."""
     whole = {"missing": "is missing", "unexpected": "does not belong to the model", "misshapen": "has another shape"}
     found = [f"{name} {words}" for key, words in whole.items() for name in weights.get(key, [])]
     back = [f"{name} does not go back to what was read" for name in weights.get("roundtrip_differences", [])]
     return found + back + list(weights.get("modules_different", []))
-
-
-def _usage(report: Report) -> str:
-    """Python that captions an image with LAVIS's settings, with the known remedies. The folder is named neutrally."""
-    load, *rest = text.usage(report["provenance"]["prompt"], Path("model"))
-    fixes = [f"{one['fix']}  # {one['words']}" for one in report["known_differences"] if one["stage"] != "captions"]
-    head = ["from PIL import Image", "from transformers import AutoProcessor, Blip2ForConditionalGeneration", ""]
-    last = [f"ids = {rest[-1]}", "print(processor.batch_decode(ids, skip_special_tokens=True)[0].strip())"]
-    return "\n".join(
-        [*head, load, *fixes, *rest[:-2], 'image = Image.open("photo.jpg").convert("RGB")', rest[-2], *last]
-    )
-
-
-# -- doing it again. Sources are told by name: their places are this machine's.
-
-
-def _completion(report: Report) -> str:
-    """The commands that add the second proof, without the paths that `complete_with` has; "" where there are none."""
-    given = shlex.split(report.get("complete_with") or "")
-    if not given:
-        return ""
-    named = "".join(f" {option} {value}" for option, value in _GIVEN.items() if option in given)
-    lines = [f"blip2nb capture {report['model_name']}{named} --output tape.safetensors",
-             "blip2nb verify RUN --tape tape.safetensors"]  # fmt: skip
-    return "\n".join(lines)
-
-
-_GIVEN = {"--source": "YOUR_FILES", "--base": "WHAT_THEY_WERE_TRAINED_FROM"}
-
-
-def _commands(report: Report) -> str:
-    """What makes the same model and the same proof from the same files."""
-    model, made = variant(report["model_name"]), report["provenance"]
-    trained = [name for name in made["checkpoints"] if name != model.checkpoint]
-    source = f" --source {shlex.quote(trained[-1])}" if trained else ""
-    run = f"{model.name}--{Path(trained[-1]).stem}" if trained else model.name
-    dtype = "" if made["dtype"] == "auto" else f" --dtype {made['dtype']}"
-    proof = "" if made["reference"] else " --proof weights"
-    return f"blip2nb convert {model.name}{source}{dtype}\nblip2nb verify {shlex.quote(run)}{proof}"
 
 
 def _files(files: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -381,13 +320,13 @@ def _raster(name: str, report: Report, arrays: Arrays, width: float) -> Image.Im
 
 def _picture(image: Image.Image) -> _Picture:
     """With 256 colours, which is all that the figures need, a third of the size, and half of what it is as SVG."""
-    small, buffer = _with_few_colours(image), io.BytesIO()
+    small, buffer = with_few_colours(image), io.BytesIO()
     small.save(buffer, "PNG", compress_level=6)
     data = base64.b64encode(buffer.getvalue()).decode()
     return _Picture(f"data:image/png;base64,{data}", *small.size)
 
 
-def _with_few_colours(image: Image.Image) -> Image.Image:
+def with_few_colours(image: Image.Image) -> Image.Image:
     """RGB to a palette. Only the first dot of each stretch of one colour is looked at, which is a tenth of them."""
     dots = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32)
     starts = np.flatnonzero(np.diff(dots, prepend=~dots[:1]))

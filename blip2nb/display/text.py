@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2nb.display.faults import Faults, number
+from blip2nb.variants import variant
 
 if TYPE_CHECKING:
     from blip2nb.runs import Run
@@ -58,6 +60,42 @@ def usage(prompt: str, folder: Path) -> list[str]:
         f'inputs = processor(images=image, text={prompt!r}, return_tensors="pt")',
         "model.generate(**inputs, num_beams=5, max_new_tokens=30)",
     ]
+
+
+def program(report: Mapping[str, Any]) -> str:
+    """Python that captions an image with LAVIS's settings, with the known remedies. The folder is named neutrally."""
+    load, *rest = usage(report["provenance"]["prompt"], Path("model"))
+    fixes = [f"{one['fix']}  # {one['words']}" for one in report["known_differences"] if one["stage"] != "captions"]
+    head = ["from PIL import Image", "from transformers import AutoProcessor, Blip2ForConditionalGeneration", ""]
+    last = [f"ids = {rest[-1]}", "print(processor.batch_decode(ids, skip_special_tokens=True)[0].strip())"]
+    return "\n".join(
+        [*head, load, *fixes, *rest[:-2], 'image = Image.open("photo.jpg").convert("RGB")', rest[-2], *last]
+    )
+
+
+def completion(report: Mapping[str, Any]) -> str:
+    """The commands that add the second proof, without the paths that `complete_with` has; "" where there are none."""
+    given = shlex.split(report.get("complete_with") or "")
+    if not given:
+        return ""
+    named = "".join(f" {option} {value}" for option, value in _GIVEN.items() if option in given)
+    lines = [f"blip2nb capture {report['model_name']}{named} --output tape.safetensors",
+             "blip2nb verify RUN --tape tape.safetensors"]  # fmt: skip
+    return "\n".join(lines)
+
+
+_GIVEN = {"--source": "YOUR_FILES", "--base": "WHAT_THEY_WERE_TRAINED_FROM"}
+
+
+def commands(report: Mapping[str, Any]) -> str:
+    """What makes the same model and the same proof from the same files."""
+    model, made = variant(report["model_name"]), report["provenance"]
+    trained = [name for name in made["checkpoints"] if name != model.checkpoint]
+    source = f" --source {shlex.quote(trained[-1])}" if trained else ""
+    run = f"{model.name}--{Path(trained[-1]).stem}" if trained else model.name
+    dtype = "" if made["dtype"] == "auto" else f" --dtype {made['dtype']}"
+    proof = "" if made["reference"] else " --proof weights"
+    return f"blip2nb convert {model.name}{source}{dtype}\nblip2nb verify {shlex.quote(run)}{proof}"
 
 
 def numbers(report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ from blip2nb import __version__
 from blip2nb.errors import RequestError
 from blip2nb.models.configuration import write_configuration
 from blip2nb.models.files import Opened
+from blip2nb.models.hub import keep_card
 from blip2nb.weights.convert import (
     LOSSY,
     MANIFEST,
@@ -146,6 +147,7 @@ def write_model(folder: Path, opened: Opened, recipe: dict[str, str]) -> None:
         beside = [path for path in sorted(out.folder.iterdir()) if path.name not in (*manifest.shards, JOURNAL)]
         configuration = {path.name: file_hash(path) for path in beside if path.is_file()}
         dataclasses.replace(manifest, files=tuple(stamps), recipe=recipe, configuration=configuration).write(out.folder)
+        keep_card(folder, out.folder)
     log.info("wrote %s", folder)
 
 

@@ -260,8 +260,8 @@ def _expected_slots(variant: Variant, dtype: str) -> list[Slot]:
 
 
 def memory_proving(model: Variant) -> int:
-    """Bytes of memory that comparing a model's behaviour takes, beside the imports: its weights in float32, and a quarter
-    for activations and the widest layer twice."""
+    """Bytes of memory that comparing a model's behaviour takes, beside the imports: its weights in float32, and a
+    quarter more for activations and the widest layer twice."""
     return parameter_count(model) * 5
 
 

@@ -19,6 +19,7 @@ import torch
 
 from blip2nb.errors import RequestError
 from blip2nb.models import evidence, huggingface, symptoms, takes
+from blip2nb.models.hub import CARD
 from blip2nb.models.knowledge import before_the_cast, knowledge, knowledge_of_cast
 from blip2nb.models.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
 from blip2nb.report import Report
@@ -805,8 +806,9 @@ def _provenance(folder: Path, manifest: Manifest, tape: Tape | None) -> dict[str
 
 
 def state(folder: Path) -> str:
-    """What tells at a glance that a converted directory is as it was: its files' names, sizes and times of change."""
-    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+    """What tells at a glance that a converted directory is as it was: its files' names, sizes and times of change. The
+    card is no part of it: it says what was found, and is written after."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file() and path.name not in CARD]
     text = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,8 +19,11 @@ from blake3 import blake3
 from blip2nb.sweeps.asked import Asked
 from blip2nb.weights.download import cache_folder
 
+log = logging.getLogger("blip2nb")
+
 _KIT = Path(__file__).resolve().parent.parent
 _LIBRARIES = ("torch", "torchvision", "transformers", "numpy")
+_LARGE = 2_000_000_000  # bytes: about a second
 _NO_INPUTS = ("lavis_python", "push_to_hub")  # a path that is an environment, a name that is no file
 
 
@@ -100,6 +104,8 @@ def _hash_of_file(path: Path) -> str:
     try:
         return note.read_text()
     except FileNotFoundError:
+        if found.st_size > _LARGE:
+            log.info("reading %s once, to know it again", path.name)
         digest = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
         note.parent.mkdir(parents=True, exist_ok=True)
         beside = note.with_name(f"{note.name}.{os.getpid()}")

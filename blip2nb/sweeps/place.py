@@ -91,10 +91,14 @@ class Folder:
                 hidden.rmdir()
 
     def _recover(self) -> None:
-        """A run that was about to be replaced when its sweep was killed gets its place back."""
-        for old in (self.root / HIDDEN).glob("*.old"):
-            standing = self.root / old.name.removesuffix(".old")
-            shutil.rmtree(old) if standing.exists() else old.rename(standing)
+        """A run that was about to be replaced when its sweep was killed gets its place back. A folder that its run had
+        left by then is of no use."""
+        for path in (self.root / HIDDEN).glob("*"):
+            name = path.name.rpartition(".")[0]
+            if path.name.endswith(".old") and not (self.root / name).exists():
+                path.rename(self.root / name)
+            elif path.is_dir() and not (path / name).exists():
+                shutil.rmtree(path)
 
     def records(self) -> dict[str, dict[str, Any]]:
         return {path.parent.name: json.loads(path.read_text()) for path in sorted(self.root.glob(f"*/{RECORD}"))}

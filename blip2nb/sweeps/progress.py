@@ -29,7 +29,7 @@ class Board:
 
     def __enter__(self) -> Board:
         if self._live:
-            self._redirect = logging_redirect_tqdm([log, logging.getLogger()])
+            self._redirect = logging_redirect_tqdm()
             self._redirect.__enter__()
             self._bar = tqdm(total=self._total, unit="run", desc="sweep", position=0, dynamic_ncols=True)
         return self

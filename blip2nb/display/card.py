@@ -1,0 +1,219 @@
+"""README.md of a converted directory: what the hub shows of it, with the verdict once there is one.
+
+The words and the order are the template's (card.md.j2); what is computed for it is here.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blip2nb.display import text
+from blip2nb.models.hub import FIGURE, README, is_edited, sign
+from blip2nb.variants import Variant, variant
+from blip2nb.weights.convert import Manifest
+
+if TYPE_CHECKING:
+    from blip2nb.report import Report
+    from blip2nb.runs import Run
+
+log = logging.getLogger("blip2nb")
+
+_WIDTH, _DPI = 7.0, 128  # inches and dots for each: 896 across, about as wide as the hub shows a card
+
+
+def write(run: Run) -> bool:
+    """Write the card of a run's model, and its figure where its report has one: whole, or not at all.
+
+    Returns:
+        Whether it was. A card that was edited stays as it is, and a directory that cannot be written to does too.
+    """
+    manifest = Manifest.read(run.model)
+    if is_edited(run.model):
+        log.info("%s was edited and stays as it is", run.model / README)
+        return False
+    report = run.report if (run.folder / "report.json").is_file() else None
+    if report is not None and report["provenance"]["weights_hash"] != manifest.weights_hash:
+        report = None  # of another model
+    wanted = {README: render(manifest, report).encode()}
+    if report is not None and (picture := _figure(report)) is not None:
+        wanted[FIGURE] = picture
+    try:
+        _put(run.model, wanted)
+        if FIGURE not in wanted:
+            (run.model / FIGURE).unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s was not written (%s); the model is as it was", run.model / README, error.strerror or error)
+        return False
+    return True
+
+
+def _put(folder: Path, wanted: Mapping[str, bytes]) -> None:
+    beside = {name: folder / f".{name}.partial" for name in wanted}
+    try:
+        for name, content in wanted.items():
+            beside[name].write_bytes(content)
+        for name, path in beside.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in beside.values():
+            path.unlink(missing_ok=True)
+
+
+def _figure(report: Report) -> bytes | None:
+    """The depth trace as a PNG of few colours; None where there is nothing to draw."""
+    from blip2nb.display import page, plots
+    from blip2nb.display.figures.style import rasterise
+
+    if "depth_trace" not in plots.available(report.content, report.arrays):
+        return None
+    drawn = rasterise(plots.FIGURES["depth_trace"](report.content, report.arrays, _WIDTH), _DPI)
+    buffer = io.BytesIO()
+    page.with_few_colours(drawn).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def render(manifest: Manifest, report: Report | None = None) -> str:
+    """The card as Markdown with its metadata, signed.
+
+    Args:
+        manifest: of the converted directory.
+        report: of its verification; without one the card says that there was none, and how to make it.
+    """
+    from huggingface_hub import ModelCard
+
+    found = report.content if report is not None else None
+    template = (resources.files("blip2nb.display") / "card.md.j2").read_text(encoding="utf-8")
+    card = ModelCard.from_template(metadata(manifest), template_str=template, **_content(manifest, found, report))
+    return sign(str(card).rstrip("\n") + "\n")
+
+
+def metadata(manifest: Manifest) -> Any:
+    """The card's `ModelCardData`. The licence is left to the owner: it depends on what the model was trained on."""
+    from huggingface_hub import ModelCardData
+
+    released, tuned = variant(manifest.model), bool(_trained(manifest))
+    tags = ["blip-2", "image-captioning", "lavis", "blip2nb", *(["random-weights"] if released.twin else [])]
+    derived = tuned and not released.twin
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        language=None if tuned or released.twin else "en",
+        tags=tags,
+        base_model=f"Salesforce/{released.name}" if derived else None,
+        base_model_relation="finetune" if derived else None,
+    )
+
+
+def _trained(manifest: Manifest) -> list[str]:
+    """The checkpoints that are not the released one: what somebody fine-tuned."""
+    return [name for name in manifest.checkpoints if name != variant(manifest.model).checkpoint]
+
+
+def _content(manifest: Manifest, found: Mapping[str, Any] | None, report: Report | None) -> dict[str, Any]:
+    """What the template asks for. Names and hashes only: a card travels, and paths of this machine do not."""
+    model, trained = manifest.model_variant, _trained(manifest)
+    told = found or _untold(manifest)
+    behaviour = found is not None and found["proof"] == "both"
+    return {
+        "model": model,
+        "title": f"{model.name}, fine-tuned (`{_cell(trained[-1])}`)" if trained else model.name,
+        "trained": bool(trained),
+        "dtype": manifest.dtype,
+        "report": found,
+        "behaviour": behaviour,
+        "verdict_words": text.VERDICTS[found["verdict"]] if found else "",
+        "faults": _lines_of_faults(found) if found else [],
+        "usage": text.program(told),
+        "fixes": [one for one in told["known_differences"] if one["stage"] != "captions"],
+        "known": told["known_differences"],
+        "commands": text.commands(told),
+        "completion": text.completion(found) if found else "",
+        "made_from": _made_from(manifest, model),
+        "files": _files(manifest),
+        "written": [(_cell(name), one["bytes"], one["hash"]) for name, one in manifest.shards.items()],
+        "weights_hash": manifest.weights_hash,
+        "numbers": [(label, _cell(value)) for label, value in text.numbers(found)] if found else [],
+        "versions": _versions(manifest, found),
+        "licence": _LICENCES[model.language.kind],
+        **_seen(report),
+    }
+
+
+def _seen(report: Report | None) -> dict[str, Any]:
+    """What needs the figures' modules, which an unverified card does without."""
+    if report is None:
+        return {"alt": "", "figure": FIGURE, "meaning": [], "problems": []}
+    from blip2nb.display import page, plots
+
+    alt = ""
+    if "depth_trace" in plots.available(report.content, report.arrays):
+        alt = " ".join(plots.alt_text("depth_trace", report.content, report.arrays).translate(_PLAIN).split())
+    problems = page.problems(report["weights"])[:10]
+    return {"alt": alt, "figure": FIGURE, "meaning": page.meaning(report.content), "problems": problems}
+
+
+_PLAIN = str.maketrans({"[": "(", "]": ")", "\\": "/"})
+"""What would end or change the text of a picture in Markdown."""
+
+
+def _untold(manifest: Manifest) -> dict[str, Any]:
+    """What a report would say of the conversion alone, for the parts of it that the card shares with report.html."""
+    made = {
+        "prompt": manifest.model_variant.prompt,
+        "checkpoints": list(manifest.checkpoints),
+        "dtype": manifest.dtype,
+        "reference": True,  # so that the command is the whole proof
+    }
+    return {"model_name": manifest.model_variant.name, "provenance": made, "known_differences": []}
+
+
+def _lines_of_faults(found: Mapping[str, Any]) -> list[str]:
+    from blip2nb.display.faults import Faults
+
+    return Faults(found).lines() if found.get("faults") else []
+
+
+def _made_from(manifest: Manifest, model: Variant) -> list[tuple[str, str]]:
+    dtype = {"auto": "each tensor's own, as in LAVIS's files"}.get(manifest.dtype, f"cast to {manifest.dtype}")
+    return [
+        ("released model", f"`{model.name}`: LAVIS's `{model.lavis_class}`, `{model.lavis_type}`"),
+        ("checkpoint", ", over ".join(f"`{_cell(name)}`" for name in reversed(manifest.checkpoints)) or "–"),
+        ("language model", f"`{model.language_model}`"),
+        ("image size", f"{model.image_size} × {model.image_size} pixels"),
+        ("prompt", f"`{model.prompt}`" if model.prompt else "none: LAVIS captions without one"),
+        ("dtype", dtype),
+        ("parameters read", f"{len(manifest.parameters)}"),
+        ("hash of the weights", f"`{manifest.weights_hash}`"),
+    ]
+
+
+def _files(manifest: Manifest) -> list[tuple[str, int, int]]:
+    """(name, bytes, parameters read from it) of every file that the conversion read."""
+    origins = list(manifest.origins.values())
+    return [(_cell(one["name"]), one["size"], origins.count(one["name"])) for one in manifest.files]
+
+
+def _versions(manifest: Manifest, found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """(what was done, with what)."""
+    kit = {name: manifest.recipe[name] for name in ("blip2nb", "transformers") if name in manifest.recipe}
+    done = {"converted with": {**kit, **manifest.versions}}
+    names = {"checked with": "checked with", "reference": "LAVIS recorded with"}
+    for key, words in names.items():
+        if found is not None and key in found["versions"]:
+            done[words] = found["versions"][key]
+    return [(words, ", ".join(f"{name} {version}" for name, version in found.items())) for words, found in done.items()]
+
+
+def _cell(value: Any) -> str:
+    """A text in a table of Markdown, or in code within one."""
+    return " ".join(str(value).split()).replace("|", "¦").replace("`", "'")
+
+
+_LICENCES = {"opt": "other", "t5": "apache-2.0"}
+"""The hub's names for what the language models come under."""
