@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip2nb.bars import progress_bar
 from blip2nb.errors import RequestError
 from blip2nb.report import Report
 from blip2nb.runs import Run, find_run, new_run, run_of_model
@@ -636,9 +637,7 @@ class _steps:
         self._title = title
 
     def __enter__(self) -> Callable[[str], None]:
-        from tqdm import tqdm
-
-        self._bar = tqdm(desc=self._title, bar_format="{desc} [{elapsed}]", mininterval=1.0)
+        self._bar = progress_bar(desc=self._title, bar_format="{desc} [{elapsed}]", mininterval=1.0)
         return self._say
 
     def _say(self, word: str) -> None:

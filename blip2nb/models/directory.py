@@ -12,9 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from blip2nb import __version__
+from blip2nb.bars import progress_bar
 from blip2nb.errors import RequestError
 from blip2nb.models.configuration import write_configuration
 from blip2nb.models.files import Opened
@@ -133,7 +132,7 @@ def write_model(folder: Path, opened: Opened, recipe: dict[str, str]) -> None:
     stamps = _stamps(opened.files)
     identity = json.dumps([dataclasses.asdict(wanted), recipe, stamps], sort_keys=True)
     _check_disk(folder, size)
-    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"convert {wanted.name}")
+    bar = progress_bar(total=size, unit="B", unit_scale=True, desc=f"convert {wanted.name}")
     with bar, unfinished_directory(folder, identity) as out:
         if out.done:
             log.info("going on with an interrupted run: %d tensors are there, and are read back first", len(out.done))
@@ -178,5 +177,5 @@ def check_model(folder: Path, opened: Opened | None) -> list[str]:
     """
     manifest = Manifest.read(folder)
     size = sum(one["bytes"] for one in manifest.shards.values())
-    with tqdm(total=size * (1 if opened is None else 2), unit="B", unit_scale=True, desc="check") as bar:
+    with progress_bar(total=size * (1 if opened is None else 2), unit="B", unit_scale=True, desc="check") as bar:
         return check_weights(folder, manifest, opened.tensors if opened is not None else None, progress=bar.update)

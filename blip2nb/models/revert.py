@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from blip2nb.bars import progress_bar
 from blip2nb.errors import RequestError
 from blip2nb.models.directory import free_space
 from blip2nb.models.fit import from_config
@@ -78,7 +77,7 @@ def revert_model(folder: Path, output: Path, part: str, overwrite: bool) -> Reve
             "Make room, or name an --output on another disk."
         )
     try:
-        with tqdm(total=size, unit="B", unit_scale=True, desc=f"revert {variant.name}") as bar:
+        with progress_bar(total=size, unit="B", unit_scale=True, desc=f"revert {variant.name}") as bar:
             write_checkpoint(output, tensors, bar.update)
     except OSError as error:
         raise RequestError(f"{output} cannot be written ({error.strerror or error}). Name another --output.") from error

@@ -64,6 +64,7 @@ def execute(asked: dict[str, Any], say: Callable[..., None]) -> dict[str, Any]:
             start_timeout=300,  # of a kernel, on a machine that is busy with others
             cwd=asked["folder"] or None,
             on_cell_execute=begins,
+            shutdown_kernel="immediate",  # the notebook is written: a kernel that tidies up takes a second or two more
         )
     except PapermillExecutionError as error:
         words = error.evalue.strip().splitlines()

@@ -201,8 +201,9 @@ def _watch(
             if line is None:
                 return said
             said = json.loads(line)
-            if "cell" in said:
-                say(**said)
+            if "cell" not in said:
+                return said
+            say(**said)
         note_processes(workshop, family(pid))
         if not wanted():
             raise _NotWanted

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blip2nb.bars import progress_bar
 from blip2nb.errors import RequestError
 from blip2nb.variants import Variant
 from blip2nb.weights.sources import Files, holds_weights
@@ -351,7 +352,6 @@ def _complete(partial: _Partial) -> None:
 
 def _receive(partial: _Partial) -> None:
     """One attempt: ask for what is missing, see that it fits what is here, and keep what comes."""
-    from tqdm import tqdm
 
     known, have = partial.known(), partial.size()
     try:
@@ -375,7 +375,9 @@ def _receive(partial: _Partial) -> None:
         _check_room(partial.name, remote.total - have, partial.path.parent)
         if have == 0:
             partial.begin(remote)
-        with tqdm(total=remote.total, initial=have, unit="B", unit_scale=True, desc=partial.name, leave=False) as bar:
+        with progress_bar(
+            total=remote.total, initial=have, unit="B", unit_scale=True, desc=partial.name, leave=False
+        ) as bar:
             partial.write(_blocks(answer), remote, bar.update)
             bar.leave = partial.complete()  # of several attempts the last one's bar stays on screen
 
