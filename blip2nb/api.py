@@ -85,6 +85,7 @@ def convert(
     Raises:
         RequestError: the request or its input is wrong. Nothing is left behind.
     """
+    from blip2nb.display import card
     from blip2nb.models import directory
     from blip2nb.models.files import open_source, which
 
@@ -98,7 +99,7 @@ def convert(
     directory.check_apart(run.model, opened.files)
     recipe = directory.recipe_of(opened.files, dtype, max_shard_size)
     if not directory.holds_already(run.model, opened, recipe, overwrite):
-        directory.write_model(run.model, opened, recipe)
+        directory.write_model(run.model, opened, recipe, card.render)
         run.forget_proof()
     if not (run.model / "README.md").exists():
         _write_card(run)

@@ -35,6 +35,8 @@ from blip2nb.variants import variant
 from blip2nb.weights import download
 from blip2nb.weights.download import Part, fetch_file, locate, remote_size
 
+pytestmark = pytest.mark.alone  # a signal or a broken connection comes at its moment, however busy the machine
+
 CONTENT = random.Random(1).randbytes(300_000)
 OTHER = random.Random(2).randbytes(300_000)
 SIZE = len(CONTENT)

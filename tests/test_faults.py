@@ -51,6 +51,8 @@ from blip2nb.weights.threads import at_once
 from blip2nb.weights.torchfile import Odd, read_torch_file
 from blip2nb.weights.writer import JOURNAL, clear_away, unfinished_directory
 
+pytestmark = pytest.mark.alone  # a signal or a broken connection comes at its moment, however busy the machine
+
 OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"
 NORM = "ln_vision.weight"
 FC1 = "opt_model.model.decoder.layers.0.fc1.weight"

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from blip2nb.bars import progress_bar
 from blip2nb.errors import RequestError
 from blip2nb.models.configuration import write_configuration
 from blip2nb.models.files import Opened
-from blip2nb.models.hub import keep_card
+from blip2nb.models.hub import README, keep_card
 from blip2nb.weights.convert import (
     LOSSY,
     MANIFEST,
@@ -113,9 +114,14 @@ def _stamps(files: Files) -> list[dict[str, Any]]:
     return [{"name": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats]
 
 
-def write_model(folder: Path, opened: Opened, recipe: dict[str, str]) -> None:
+def write_model(
+    folder: Path, opened: Opened, recipe: dict[str, str], card: Callable[[Manifest], str] | None = None
+) -> None:
     """Write the whole directory, after everything that can be checked without reading the weights; or go on with what
     an interrupted run has written of it.
+
+    Args:
+        card: what says in words what was made, to stand in it from the first moment. One that was edited is kept.
 
     Raises:
         RequestError: the files are not the variant's, hold what cannot be converted, or the disk is too small.
@@ -145,8 +151,10 @@ def write_model(folder: Path, opened: Opened, recipe: dict[str, str]) -> None:
             raise RequestError(f"The source of {folder} changed while it was read. Convert again when it is at rest.")
         beside = [path for path in sorted(out.folder.iterdir()) if path.name not in (*manifest.shards, JOURNAL)]
         configuration = {path.name: file_hash(path) for path in beside if path.is_file()}
-        dataclasses.replace(manifest, files=tuple(stamps), recipe=recipe, configuration=configuration).write(out.folder)
-        keep_card(folder, out.folder)
+        manifest = dataclasses.replace(manifest, files=tuple(stamps), recipe=recipe, configuration=configuration)
+        manifest.write(out.folder)
+        if not keep_card(folder, out.folder) and card is not None:
+            (out.folder / README).write_text(card(manifest), encoding="utf-8", newline="\n")
     log.info("wrote %s", folder)
 
 

@@ -67,13 +67,16 @@ def is_edited(folder: Path) -> bool:
         return True
 
 
-def keep_card(old: Path, new: Path) -> None:
-    """Take a card that was edited, and its figure, into the directory that will stand in the old one's place."""
-    if is_edited(old):
-        for name in CARD:
-            if (old / name).is_file():
-                shutil.copy2(old / name, new / name)
-        log.info("kept the %s that was edited; look whether it still says what is so", README)
+def keep_card(old: Path, new: Path) -> bool:
+    """Take a card that was edited, and its figure, into the directory that will stand in the old one's place; whether
+    there was one."""
+    if not is_edited(old):
+        return False
+    for name in CARD:
+        if (old / name).is_file():
+            shutil.copy2(old / name, new / name)
+    log.info("kept the %s that was edited; look whether it still says what is so", README)
+    return True
 
 
 def _addressed(text: str, repository: str) -> str:
