@@ -28,6 +28,7 @@ from blip2nb.models import huggingface
 from blip2nb.models.tiny import write_twin
 from blip2nb.run import clean
 from blip2nb.runs import Run, find_run, run_of_model
+from blip2nb.sweeps.place import HIDDEN, RECORD
 from blip2nb.variants import variant
 from blip2nb.weights.convert import Manifest
 from blip2nb.weights.writer import JOURNAL
@@ -328,6 +329,24 @@ def test_unfinished_work_has_rows_of_its_own_and_goes_at_one_word(command: Comma
     assert set(listed(outputs)) == {"mine/model", "mine/tape", "mine/rest"}
     assert not [path for path in [*outputs.rglob("*"), *cache.rglob("*")] if path.name.startswith(".")]
     assert not (outputs / "broken_off").exists()
+
+
+def test_what_a_sweep_left_unfinished_is_unfinished_unless_it_is_at_work_and_its_notebooks_are_no_strangers(
+    outputs: Path,
+):
+    run = run_folder(outputs / "swept")
+    file(run / "convert.ipynb")
+    (run / RECORD).write_text(json.dumps({"executed": "convert.ipynb"}))
+    file(outputs / HIDDEN / "other.0123456789ab" / "other" / "half.bin", 5000)
+    items = {item.name: item for item in clean.survey(outputs)}
+    assert "swept/other" not in items
+    assert (items[HIDDEN].group, items[HIDDEN].size, items[HIDDEN].kept) == (clean.UNFINISHED, 5000, "")
+    with FileLock(outputs / HIDDEN / "lock"):
+        kept = {item.name: item.kept for item in clean.survey(outputs)}
+    assert kept[HIDDEN] == "another process is writing it now"
+    clean.remove([items[HIDDEN]])
+    assert not (outputs / HIDDEN).exists()
+    assert (run / "convert.ipynb").exists()
 
 
 def test_a_model_that_was_set_aside_is_a_model_and_not_unfinished(command: Command, outputs: Path):
