@@ -20,7 +20,7 @@ from blip2nb.errors import RequestError
 from blip2nb.sweeps import worker
 from blip2nb.sweeps.asked import Asked
 from blip2nb.sweeps.identity import key_of
-from blip2nb.sweeps.place import FAILED, Place, place
+from blip2nb.sweeps.place import FAILED, Folder, Place, place
 from blip2nb.sweeps.worker import Task
 
 if TYPE_CHECKING:
@@ -143,6 +143,8 @@ def lines(runs: Sequence[Asked], output: str | Path = "", keep_models: bool = Fa
             if name in task.declared:
                 words += ["-r" if isinstance(value, str) else "-p", name, str(value)]
         out.append(shlex.join(words))
+    if out and isinstance(where, Folder):
+        where.root.mkdir(parents=True, exist_ok=True)  # papermill refuses to write to a folder that is not there
     return out
 
 
