@@ -9,7 +9,6 @@ import itertools
 import json
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -20,6 +19,7 @@ from conftest import edit_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from reading import Element, Page
 
 from blip2nb import api
 from blip2nb.display import overview
@@ -106,50 +106,8 @@ def whole(entries: dict[str, dict[str, Any]]) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------- reading a page
 
 
-class Element:
-    def __init__(self, tag: str, attributes: dict[str, str]) -> None:
-        self.tag, self.attributes, self.parts = tag, attributes, [""]
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.parts).split())
-
-    @property
-    def classes(self) -> list[str]:
-        return self.attributes.get("class", "").split()
-
-
-class Read(HTMLParser):
-    """The elements of a page in order, each with the text in it. Whatever is not closed in order is an error."""
-
-    VOID = frozenset({"meta", "img", "source", "br", "wbr", "col", "input"})
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.elements: list[Element] = []
-        self._open: list[Element] = []
-        self.feed(source)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append(Element(tag, {name: value or "" for name, value in attrs}))
-        if tag not in self.VOID:
-            self._open.append(self.elements[-1])
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop().tag == tag
-
-    def handle_data(self, data: str) -> None:
-        for element in self._open:
-            element.parts.append(data)
-
-    def all(self, *tags: str) -> list[Element]:
-        return [element for element in self.elements if element.tag in tags]
-
-    @property
-    def ids(self) -> list[str]:
-        return [element.attributes["id"] for element in self.elements if "id" in element.attributes]
+class Read(Page):
+    """index.html."""
 
     def rows(self) -> list[list[Element]]:
         """The cells of the table of runs, a list a run."""

@@ -11,7 +11,6 @@ import itertools
 import re
 import tempfile
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 from made_up import ARRAYS_OF, BROKEN, REPORTS, arrays, fault_at
 from PIL import Image
+from reading import Page
 
 from blip2nb import api
 from blip2nb.display import page, plots, text
@@ -117,43 +117,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {
 # ------------------------------------------------------------------------------------------------ reading a page
 
 
-class Element:
-    def __init__(self, tag: str, attributes: dict[str, str]) -> None:
-        self.tag, self.attributes, self.parts = tag, attributes, [""]
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.parts).split())
-
-
-class Read(HTMLParser):
-    """The elements of a page in order, each with the text in it. Whatever is not closed in order is an error."""
-
-    VOID = frozenset({"meta", "img", "source", "br", "wbr", "col", "input"})
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.elements: list[Element] = []
-        self._open: list[Element] = []
-        self.feed(source)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        element = Element(tag, {name: value or "" for name, value in attrs})
-        self.elements.append(element)
-        if tag not in self.VOID:
-            self._open.append(element)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop().tag == tag
-
-    def handle_data(self, data: str) -> None:
-        for element in self._open:
-            element.parts.append(data)
-
-    def all(self, *tags: str) -> list[Element]:
-        return [element for element in self.elements if element.tag in tags]
+class Read(Page):
+    """report.html."""
 
     def rows(self, kind: str) -> list[list[str]]:
         """The cells of all tables of that class, without their heads."""

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from blip2nb.errors import RequestError
 from blip2nb.runs import outputs_folder
 from blip2nb.sweeps.leftovers import end_leftovers
+from blip2nb.weights.writer import sync
 
 RECORD = "sweep.json"
 HIDDEN = ".sweep"
@@ -130,7 +131,7 @@ class Folder:
         if final.exists():
             final.rename(old)
         run.rename(final)
-        _sync(self.root)
+        sync(self.root)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(workshop)
         if record["state"] == "finished":
@@ -247,13 +248,5 @@ def _settle(run: Path, workshop: Path, address: str, record: Mapping[str, Any]) 
     (run / RECORD).write_text(json.dumps(dict(record), indent=1) + "\n", encoding="utf-8")
     for path in run.rglob("*"):
         if path.is_file():
-            _sync(path)
-    _sync(run)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(path)
+    sync(run)

@@ -331,9 +331,9 @@ def unfinished_directory(target: Path, identity: str) -> Iterator[Unfinished]:
         finally:
             work.close()
         for path in folder.rglob("*"):
-            _sync(path)
+            sync(path)
         (folder / JOURNAL).unlink()
-        _sync(folder)
+        sync(folder)
         _put_in_place(folder, target)
     except (KeyboardInterrupt, SystemExit):
         if not identity:
@@ -383,7 +383,7 @@ def _put_in_place(folder: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     folder.rename(target)
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -410,7 +410,8 @@ def _cannot_write(target: Path, error: OSError) -> str:
     return f"{target} cannot be written ({error.strerror or error}). Name another --output."
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
