@@ -56,7 +56,7 @@ def prepare() -> list[str]:
     Returns:
         what is missing still.
     """
-    apt = [] if chromium() else ["chromium"]
+    apt = [] if chromium() else ["chromium", "fonts-liberation"]  # without fonts a page has other widths
     apt += [] if axe_is_here() or shutil.which("npm") else ["npm"]
     if apt and shutil.which("apt-get") and os.geteuid() == 0:
         print(f"Installing {' and '.join(apt)} with apt, for the tests in a browser.", flush=True)
