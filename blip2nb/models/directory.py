@@ -18,7 +18,7 @@ from blip2nb.bars import progress_bar
 from blip2nb.errors import RequestError
 from blip2nb.models.configuration import write_configuration
 from blip2nb.models.files import Opened
-from blip2nb.models.hub import README, keep_card
+from blip2nb.models.hub import CARD, README, keep_card
 from blip2nb.weights.convert import (
     LOSSY,
     MANIFEST,
@@ -149,7 +149,7 @@ def write_model(
         manifest = write_weights(work, tensors, out, dtype, shard_size, progress=bar.update, beside=configure)
         if _stamps(opened.files) != stamps:
             raise RequestError(f"The source of {folder} changed while it was read. Convert again when it is at rest.")
-        beside = [path for path in sorted(out.folder.iterdir()) if path.name not in (*manifest.shards, JOURNAL)]
+        beside = [path for path in sorted(out.folder.iterdir()) if path.name not in (*manifest.shards, *CARD, JOURNAL)]
         configuration = {path.name: file_hash(path) for path in beside if path.is_file()}
         manifest = dataclasses.replace(manifest, files=tuple(stamps), recipe=recipe, configuration=configuration)
         manifest.write(out.folder)
