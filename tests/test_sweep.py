@@ -302,6 +302,18 @@ def test_a_worker_that_is_killed_is_replaced_and_its_runs_are_made_again(probe):
     eventually(lambda: not alive(probe.pids()))
 
 
+def test_a_run_that_costs_every_worker_takes_no_other_with_it(probe):
+    """It kills the worker that made it, which is the parent of its notebook's process, each time."""
+    probe.write(f"{PROBE}\nif fault == 'worker': os.kill(psutil.Process(os.getppid()).ppid(), 9); time.sleep(600)")
+    notebook = nbformat.read(probe.path, 4)
+    notebook.cells[-1].source = f"import psutil\n{notebook.cells[-1].source}"
+    nbformat.write(notebook, probe.path)
+    found = sweep(probe, {"label": "a", "fault": "worker"}, *"bcde", workers=2)
+    assert states(found) == {"a": "failed", **dict.fromkeys("bcde", "finished")}
+    assert "Every worker that began it was lost" in found.runs[0]["error"]
+    assert probe.whole() == ["b", "c", "d", "e"]
+
+
 @pytest.fixture
 def dask_cluster(tmp_path, probe):
     """A scheduler and two workers, as the commands of Dask start them. Gives the address and the workers."""
@@ -355,7 +367,7 @@ def test_runs_that_do_not_fit_beside_each_other_are_not_beside_each_other(probe)
     tasks = [sweeping._task(run, place(probe.output)) for run in expand([probe.list(*"abcd")])]
     needs = dict(zip("abcd", (int(cluster.memory() * share) for share in (0.7, 0.6, 0.2, 0.2)), strict=True))
     with place(probe.output).lock(), cluster.local(4) as client:
-        done = list(cluster.run(client, tasks, needs, 2, lambda event: None))
+        done = list(cluster.run(client, tasks, needs, 2, lambda event: None, 4))
     assert {one["state"] for one in done} == {"finished"}
     spans = {}
     for line in probe.ledger.read_text().splitlines():

@@ -7,6 +7,7 @@ other. A worker that is lost is Dask's to replace: its runs are made again elsew
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import threading
@@ -27,6 +28,7 @@ from blip2nb.sweeps.worker import Task
 
 TOPIC = "blip2nb-sweep"
 MEMORY = "MEMORY"
+_UNKNOWN = 1 << 60  # beyond any model's need
 _SHARE = 0.9  # of a machine's memory; the rest is for the system, and for what holds the cluster together
 
 
@@ -123,7 +125,7 @@ def _prepare(client: distributed.Client) -> None:
 
 def largest(client: distributed.Client) -> int:
     """Bytes of memory of the largest worker; beyond any model's need while there is none."""
-    return int(max((one["resources"].get(MEMORY, 0) for one in _workers(client)), default=1 << 60))
+    return int(max((one["resources"].get(MEMORY, 0) for one in _workers(client)), default=_UNKNOWN))
 
 
 def slots(client: distributed.Client) -> int:
@@ -141,6 +143,7 @@ def run(
     needs: Mapping[str, int],
     cores: int,
     say: Callable[[dict[str, Any]], None],
+    window: int,
 ) -> Iterator[dict[str, Any]]:
     """Make all runs, the first ones first, and yield each outcome as it comes.
 
@@ -148,25 +151,48 @@ def run(
         needs: bytes of memory by the run's name.
         cores: those of a worker's machine; 0 for as many as it has threads, as is usual with Dask.
         say: told of each cell as it begins: `run`, `slot`, `cell`, `of`, `title`. Called in another thread.
+        window: how many are given to Dask at a time. When a worker is lost, Dask holds that against all runs that it
+            had been given, begun or not, and gives one up after four; it is then made once more, beside no other.
     """
     client.subscribe_topic(TOPIC, lambda event: say(event[1]))
-    futures = {}
-    for number, task in enumerate(tasks):
+    waiting, futures, begun_alone = collections.deque(tasks), {}, set()
+    running = distributed.as_completed()
+    whole = largest(client)  # now: when it is needed, the worker may be gone and its successor not there yet
+
+    def begin(task: Task, alone: bool = False) -> None:
+        need = whole if alone else needs[task.name]
         future = client.submit(
             _on_worker,
             task,
-            needs[task.name],
+            need,
             cores,
             key=f"{task.name}-{uuid.uuid4().hex}",  # its own: another sweep may have asked the same of this cluster
-            resources={MEMORY: needs[task.name]},
-            priority=-number,
+            resources={MEMORY: need},
+            priority=-tasks.index(task),
             pure=False,
         )
         futures[future] = task
+        running.add(future)
+
+    def fill() -> None:
+        while waiting and len(futures) < window:
+            begin(waiting.popleft())
+
     try:
-        for future in distributed.as_completed(list(futures)):
-            yield _outcome(future, futures.pop(future))
-            future.release()
+        fill()
+        for future in running:
+            task = futures.pop(future)
+            if (
+                isinstance(future.exception(), distributed.KilledWorker)
+                and task.name not in begun_alone
+                and whole < _UNKNOWN
+            ):
+                begun_alone.add(task.name)  # was it this one, or one beside it, that cost so many workers?
+                begin(task, alone=True)
+            else:
+                yield _outcome(future, task)
+                future.release()
+            fill()
     finally:
         client.cancel(list(futures), force=True)
         client.unsubscribe_topic(TOPIC)

@@ -224,7 +224,8 @@ def _make(client: distributed.Client, cores: int, todo: Sequence[tuple[Asked, Ta
             else:
                 fitting.append(task)
         needs = {task.name: sized[task.name].memory for task in fitting}
-        for outcome in cluster.run(client, fitting, needs, cores, board.cell):
+        window = cluster.slots(client) if cores else len(fitting)  # a cluster may grow while it works
+        for outcome in cluster.run(client, fitting, needs, cores, board.cell, window):
             board.done(outcome)
             yield outcome
 
