@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -12,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import blip2nb
+from blip2nb.sweeps.identity import kit
 
 _PACKAGES = ("torch", "transformers", "safetensors", "tokenizers", "numpy")
 
@@ -34,7 +34,7 @@ def describe_versions() -> dict[str, str]:
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
         "cp": subprocess.run(["cp", "--version"], capture_output=True, text=True).stdout.split("\n")[0],
         "blip2nb": blip2nb.__version__,
-        "blip2nb_code": _code_hash(),
+        "blip2nb_code": kit()[:12],
     }
 
 
@@ -89,11 +89,3 @@ def _group_in_use() -> int:
     stat = Path("/sys/fs/cgroup/memory.stat")
     match = re.search(r"^file (\d+)$", stat.read_text(), re.MULTILINE) if stat.is_file() else None
     return (_group("memory.current") or 0) - (int(match.group(1)) if match else 0)
-
-
-def _code_hash() -> str:
-    root = Path(blip2nb.__file__).parent
-    sha = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        sha.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return sha.hexdigest()[:12]

@@ -69,17 +69,21 @@ def show_source(thing: Any) -> Any:
 
 def assigned(code: str) -> list[str]:
     """The names that a cell of plain assignments gives values to; none where it is not plain Python."""
-    names: list[str] = []
     try:
-        body = ast.parse(code).body
+        return [name for name, _ in assignments(code)]
     except SyntaxError:
-        return names
-    for node in body:
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        names += [target.id for target in targets if isinstance(target, ast.Name)]
-    return names
+        return []
+
+
+def assignments(code: str) -> list[tuple[str, ast.expr | None]]:
+    """The names that a cell of plain assignments declares, in order, each with the expression that it is given; None
+    where it is only annotated. Raises SyntaxError where the cell is not plain Python."""
+    found: list[tuple[str, ast.expr | None]] = []
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found += [(target.id, node.value) for target in targets if isinstance(target, ast.Name)]
+    return found
 
 
 def refuse_undeclared(declared: list[str], given: list[str]) -> None:

@@ -180,23 +180,26 @@ if broken:
     weights = load_file(run.model / "model.safetensors")
     weights["query_tokens"] = weights["query_tokens"].flip(1).contiguous()
     save_file(weights, run.model / "model.safetensors", metadata={"format": "pt"})
-report = blip2nb.verify(run, figures=False)
-assert report.verdict in ("match", "explained"), report["summary"]
+report = blip2nb.verify(run, figures=False, proof=proof)
+assert report.verdict in ("match", "explained", "weights_only"), report["summary"]
 """
+
+
+REAL = ("right", {"label": "wrong", "broken": True}, {"label": "half", "proof": "weights"})
 
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
-    """A sweep of two real conversions, one of them wrong, in a folder where one was converted by hand before."""
+    """A sweep of real conversions, one of them wrong, in a folder where one was converted by hand before."""
     folder = tmp_path_factory.mktemp("verdicts")
     probe = Probe(folder)
     probe.write(BROKEN)
     notebook = nbformat.read(probe.path, 4)
-    notebook.cells[0].source += "\nbroken: bool = False"
+    notebook.cells[0].source += "\nbroken: bool = False\nproof: str = 'auto'"
     nbformat.write(notebook, probe.path)
     run = blip2nb.convert("tiny-blip2-opt-2.7b", output_dir=probe.output, run_name="right")
     written = (run.model / "model.safetensors").stat()
-    return probe, written, sweep(probe, "right", {"label": "wrong", "broken": True})
+    return probe, written, sweep(probe, *REAL)
 
 
 def test_a_model_that_diverges_is_a_finding_and_not_a_failure(verdicts):
@@ -205,10 +208,11 @@ def test_a_model_that_diverges_is_a_finding_and_not_a_failure(verdicts):
     assert {run["run_name"]: (run["state"], run["verdict"]) for run in found.runs} == {
         "right": ("finished", "explained"),
         "wrong": ("finished", "diverges"),
+        "half": ("finished", "weights_only"),
     }
     assert {path.name for path in (probe.output / "wrong").iterdir()} >= {"report.json", "probe.ipynb", RECORD}
-    again = sweep(probe, "right", {"label": "wrong", "broken": True})
-    assert (again.status, [run["earlier"] for run in again.runs]) == (1, [True, True])
+    again = sweep(probe, *REAL)
+    assert (again.status, [run["earlier"] for run in again.runs]) == (1, [True, True, True])
 
 
 def test_reports_are_kept_and_models_not_but_for_one_that_was_there_before(verdicts):
@@ -220,7 +224,7 @@ def test_reports_are_kept_and_models_not_but_for_one_that_was_there_before(verdi
 
 def test_what_a_run_says_of_its_place_is_where_it_lies(verdicts):
     probe, _, found = verdicts
-    for name in ("right", "wrong"):
+    for name in ("right", "wrong", "half"):
         for path in (probe.output / name).glob("*.*"):
             assert HIDDEN.encode() not in path.read_bytes()
     assert found.address == str(probe.output)

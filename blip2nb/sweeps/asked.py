@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2nb.errors import RequestError
-from blip2nb.notebook import refuse_undeclared
+from blip2nb.notebook import assignments, refuse_undeclared
 from blip2nb.variants import VARIANTS
 
 Value = str | int | float | bool
@@ -73,21 +73,14 @@ def open_notebook(name: str | Path) -> Notebook:
     try:
         cells = json.loads(text)["cells"]
         tagged = next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", ()))
-        declared = _declared("".join(tagged["source"]))
+        declared = {
+            name: ast.literal_eval(value) for name, value in assignments("".join(tagged["source"])) if value is not None
+        }
     except (ValueError, KeyError, TypeError, StopIteration, SyntaxError) as error:
         raise RequestError(
             f'{path} should be a notebook with a cell tagged "parameters" that assigns plain values; there is none.'
         ) from error
     return Notebook(path.resolve(), text, declared)
-
-
-def _declared(code: str) -> dict[str, Value]:
-    found: dict[str, Value] = {}
-    for node in ast.parse(code).body:
-        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            found |= {one.id: ast.literal_eval(node.value) for one in targets if isinstance(one, ast.Name)}
-    return found
 
 
 def expand(
@@ -115,8 +108,9 @@ def expand(
     for row in itertools.chain.from_iterable(_rows(str(one)) for one in patterns):
         row = dict(row)
         named = str(row.pop("notebook", notebook))
-        book = opened.setdefault(named, open_notebook(named))
-        for run in _combinations(book, {**(parameters or {}), **row}, grid or {}):
+        if named not in opened:
+            opened[named] = open_notebook(named)
+        for run in _combinations(opened[named], {**(parameters or {}), **row}, grid or {}):
             if runs.setdefault(run.name, run) != run:
                 run = _apart(run, runs[run.name])
                 if runs.setdefault(run.name, run) != run:
@@ -194,16 +188,16 @@ def _read_yaml(path: Path, text: str) -> list[dict[str, Any]]:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RequestError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
-    rows = [{"model_name": row} if isinstance(row, str) else row for row in content] if _is_list(content) else None
+    rows = (
+        [{"model_name": row} if isinstance(row, str) else row for row in content]
+        if isinstance(content, list) and content
+        else None
+    )
     if rows is None or not all(isinstance(row, dict) and all(map(_is_plain, row.values())) for row in rows):
         raise RequestError(
             f"{path} should be a list of runs: of names of models, or of mappings from a parameter to a plain value."
         )
     return rows
-
-
-def _is_list(content: Any) -> bool:
-    return isinstance(content, list) and bool(content)
 
 
 def _is_plain(value: Any) -> bool:

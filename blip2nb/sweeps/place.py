@@ -126,7 +126,7 @@ class Folder:
 
     def publish(self, workshop: Path, name: str, record: Mapping[str, Any]) -> None:
         run, final = workshop / name, self.root / record["folder"]
-        _settle(run, workshop, self.address, record)
+        _settle(run, record)
         old = self.root / HIDDEN / f"{record['folder']}.old"
         if final.exists():
             final.rename(old)
@@ -187,7 +187,7 @@ class Address:
 
     def publish(self, workshop: Path, name: str, record: Mapping[str, Any]) -> None:
         run, final = workshop / name, f"{self._root}/{record['folder']}"
-        _settle(run, workshop, self.address, record)
+        _settle(run, record)
         self._remove(final)
         for path in sorted(run.rglob("*"), key=lambda path: path.name == RECORD):
             if path.is_file():
@@ -238,13 +238,17 @@ def _same(source: Path, target: Path) -> None:
         link(str(source), str(target))
 
 
-def _settle(run: Path, workshop: Path, address: str, record: Mapping[str, Any]) -> None:
-    """The last touches before a run moves: it says where it will be, is on the disk, and has its record."""
+def relocate(run: Path, workshop: Path, address: str) -> None:
+    """Have a run say of itself where it will lie, and not where it was made."""
     for path in (*run.glob("*.ipynb"), run / "report.json"):
         if path.is_file():
             text = path.read_text(encoding="utf-8")
             if str(workshop) in text:
                 path.write_text(text.replace(str(workshop), address), encoding="utf-8")
+
+
+def _settle(run: Path, record: Mapping[str, Any]) -> None:
+    """Give a run its record, and see that all of it is on the disk."""
     (run / RECORD).write_text(json.dumps(dict(record), indent=1) + "\n", encoding="utf-8")
     for path in run.rglob("*"):
         if path.is_file():

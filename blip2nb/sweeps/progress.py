@@ -20,9 +20,9 @@ log = logging.getLogger("blip2nb")
 class Board:
     """Shows a sweep while it runs. Use it as a context."""
 
-    def __init__(self, total: int, slots: int, shown: bool | None = None):
-        self._live = sys.stderr.isatty() if shown is None else shown
-        self._total, self._done, self._slots = total, 0, slots
+    def __init__(self, total: int):
+        self._live = sys.stderr.isatty()
+        self._total, self._done = total, 0
         self._lines: dict[str, tqdm] = {}
         self._running: dict[str, str] = {}
         self._lock = threading.Lock()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import html
 import json
 import logging
@@ -61,15 +60,18 @@ class Sweep:
 
         return sweep.sweep(self.index, width=width)
 
+    def _rows(self) -> list[tuple[str, str, str]]:
+        """Of each run its name, what it came to, and what matters most of it."""
+        return [(run["run_name"], run["verdict"].replace("_", " ") or run["state"], _words(run)) for run in self.runs]
+
     def __repr__(self) -> str:
-        rows = [(run["run_name"], run["verdict"].replace("_", " ") or run["state"], _words(run)) for run in self.runs]
+        rows = self._rows()
         widths = [max(len(row[n]) for row in rows) for n in range(2)]
         lines = [f"  {name:<{widths[0]}}  {found:<{widths[1]}}  {words}".rstrip() for name, found, words in rows]
         return "\n".join([self.index["sentence"], "", *lines, "", f"  report  {self.address}/index.html"])
 
     def _repr_html_(self) -> str:
-        cells = [(run["run_name"], run["verdict"].replace("_", " ") or run["state"], _words(run)) for run in self.runs]
-        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(one)}</td>' for one in row)}</tr>" for row in cells)
+        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(one)}</td>' for one in row)}</tr>" for row in self._rows())
         return f"<p><strong>{html.escape(self.index['sentence'])}</strong></p><table>{rows}</table>"
 
 
@@ -185,7 +187,7 @@ def _finished(tasks: Sequence[Task], where: Place) -> dict[str, dict[str, Any]]:
         if record is None or record["key"] != task.key or record["state"] != "finished":
             continue
         report = where.read(f"{task.name}/report.json")
-        same = record["report"] == (hashlib.sha256(report).hexdigest() if report is not None else "")
+        same = record["report"] == worker.digest(report)
         there = not record["kept"] or where.read(f"{task.name}/model/config.json") is not None
         kept = not task.keep_model or (record["keep_model"] and there)
         if same and kept:
@@ -214,7 +216,7 @@ def _make(client: distributed.Client, cores: int, todo: Sequence[tuple[Asked, Ta
 
     largest = cluster.largest(client)
     sized = {task.name: _Need.of(run, largest) for run, task in todo}
-    with Board(len(todo), cluster.slots(client)) as board:
+    with Board(len(todo)) as board:
         fitting = []
         for _, task in sorted(todo, key=lambda one: -sized[one[1].name].work):
             if sized[task.name].refused:

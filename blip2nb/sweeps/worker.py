@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2nb.sweeps.leftovers import end, end_leftovers, family, note_processes
-from blip2nb.sweeps.place import FAILED, place
+from blip2nb.sweeps.place import FAILED, RECORD, Place, place, relocate
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -85,7 +85,7 @@ def run(task: Task, threads: int, say: Callable[..., None], wanted: Callable[[],
     where = place(task.output)
     workshop = where.begin(task.name, task.key, task.overwrite)
     made = workshop / task.name
-    stood = (made / "model").is_dir()  # a model that was here before the sweep is not the sweep's to remove
+    stood = _stands(task, where)
     began = time.monotonic()
     try:
         process = _start(task, workshop, stood or task.keep_model, threads)
@@ -93,13 +93,14 @@ def run(task: Task, threads: int, say: Callable[..., None], wanted: Callable[[],
     except _NotWanted:
         shutil.rmtree(workshop, ignore_errors=True)
         return None
+    relocate(made, workshop, where.address)
     outcome = _judge(task, made, said)
     executed = f"{task.notebook}.ipynb"
     outcome |= {
         "seconds": round(time.monotonic() - began, 2),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "executed": executed if (made / executed).is_file() else "",
-        "report": digest(made / "report.json"),
+        "report": digest(report.read_bytes() if (report := made / "report.json").is_file() else None),
     }
     if outcome["state"] == "failed" or not (stood or task.keep_model):
         _remove_model(made, outcome["state"] == "failed")
@@ -107,6 +108,12 @@ def run(task: Task, threads: int, say: Callable[..., None], wanted: Callable[[],
     outcome["kept"] = (made / "model").is_dir()
     where.publish(workshop, task.name, outcome)
     return outcome
+
+
+def _stands(task: Task, where: Place) -> bool:
+    """Whether somebody's own model is in the run's place: it is not the sweep's to remove."""
+    ours = where.read(f"{task.name}/{RECORD}") is not None
+    return not task.overwrite and not ours and where.read(f"{task.name}/model/config.json") is not None
 
 
 def give_up(task: Task, error: str) -> dict[str, Any]:
@@ -117,6 +124,7 @@ def give_up(task: Task, error: str) -> dict[str, Any]:
     made, executed = workshop / task.name, f"{task.notebook}.ipynb"
     outcome["executed"] = executed if (made / executed).is_file() else ""
     _remove_model(made, failed=True)
+    relocate(made, workshop, where.address)
     where.publish(workshop, task.name, outcome)
     return outcome
 
@@ -251,9 +259,9 @@ def _judge(task: Task, made: Path, said: Mapping[str, Any]) -> dict[str, Any]:
     return task.outcome("failed", error=error, traceback=traceback, folder=f"{task.name}{FAILED}")
 
 
-def digest(report: Path) -> str:
+def digest(report: bytes | None) -> str:
     """A hash of a report as it stands; "" where there is none."""
-    return hashlib.sha256(report.read_bytes()).hexdigest() if report.is_file() else ""
+    return hashlib.sha256(report).hexdigest() if report is not None else ""
 
 
 def _remove_model(made: Path, failed: bool) -> None:
