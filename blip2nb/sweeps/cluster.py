@@ -53,7 +53,7 @@ def local(slots: int) -> Iterator[distributed.Client]:
             host="127.0.0.1",
             memory_limit=0,  # what the worker's own process takes is little
             resources={MEMORY: memory()},
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # any free port, and nobody else may look
             silence_logs=logging.CRITICAL,
         ) as cluster,
         distributed.Client(cluster) as client,
