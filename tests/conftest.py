@@ -7,9 +7,10 @@ import functools
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import browser
 import pytest
@@ -21,6 +22,9 @@ from blip2nb import api, cli
 from blip2nb.models.files import own_files
 from blip2nb.runs import Run
 from blip2nb.variants import variant
+
+if TYPE_CHECKING:
+    from forks import Forks, Large
 
 settings.register_profile(
     "kit", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
@@ -75,6 +79,28 @@ def edit_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], object]
     return path
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(folder).items() if name.endswith(".safetensors")}
+
+
+def overwrite(path: Path, at: int, data: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+def flip(path: Path, at: int, bit: int = 0) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        (byte,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -105,6 +131,34 @@ def model_copy(tmp_path: Path, converted: Callable[[str], Run]) -> Callable[[str
         return Run(folder, folder / "model")
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory, _cache: None) -> Iterator[Forks]:
+    """Starts processes that are to die."""
+    from forks import Forks
+
+    found = Forks(tmp_path_factory.mktemp("said"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[Large]:
+    """A source of many megabytes, so that there is something to interrupt."""
+    from forks import Large, grow
+
+    folder = tmp_path_factory.mktemp("large")
+    made = Large(grow(folder / "source", width=256, layers=14), {}, 0)
+    times = []
+    for number in range(4):
+        begun = time.monotonic()
+        ended = forks.run(*made.request(folder / str(number)))
+        times.append(time.monotonic() - begun)
+        assert ended.status == 0, ended.err
+    assert contents(folder / "0" / "model") == contents(folder / "1" / "model")
+    yield dataclasses.replace(made, whole=contents(folder / "0" / "model"), seconds=min(times))
+    shutil.rmtree(folder)
 
 
 @pytest.fixture
