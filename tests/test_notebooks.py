@@ -1,19 +1,21 @@
 """Every notebook, through the real papermill and real kernels, as people type it."""
 
-import dataclasses
-import itertools
 import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
+from click.testing import CliRunner
+from nbclient import NotebookClient
+from papermill.cli import papermill as papermill_command
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 import blip2nb
 from blip2nb.models.files import own_files
@@ -26,8 +28,10 @@ OWN_KERNEL = [path for path in NOTEBOOKS if path.stem != "lavis"]
 OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"
 NEAR = ROOT / "notebooks"
 PICTURES = {"convert": 9, "05_activations": 7, "01_what_is_in_a_checkpoint": 0}
+CONVERT_NOTHING = ("10_your_own_port", "sweep")  # or keep no model of it
 STEPS = [path for path in NOTEBOOKS if path.stem not in ("convert", "lavis")]
 PAPERMILL = [str(Path(sys.executable).parent / "papermill")]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two run at a time
 
 
 def papermill(*arguments, cwd, environment=None):
@@ -41,15 +45,20 @@ def papermill(*arguments, cwd, environment=None):
     )
 
 
-def executed(path):
+def shown(notebook):
     """All the text that an executed notebook shows, and the number of its pictures."""
     text, pictures = [], 0
-    for cell in nbformat.read(path, 4).cells:
+    for cell in notebook.cells:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             pictures += "image/png" in data
             text.append(output.get("text", "") or data.get("text/plain", "") or "\n".join(output.get("traceback", [])))
     return "\n".join(text), pictures
+
+
+def injected(path, **given):
+    """A notebook with these parameters, as papermill gives it to a kernel."""
+    return parameterize_notebook(load_notebook_node(str(path)), given)
 
 
 def parameters(path):
@@ -97,107 +106,116 @@ def test_a_step_shows_the_packages_own_source_and_ends_with_two_exercises(path):
     assert sum("assert " in cell.source for cell in cells if cell.cell_type == "code") >= 3
 
 
-@pytest.fixture(scope="module")
-def listings():
-    """Notebook -> what papermill lists of it, two of them at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {path: pool.submit(papermill, "--help-notebook", path, cwd=ROOT) for path in NOTEBOOKS}
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_papermill_lists_each_parameter_with_its_comment(path, listings):
-    shown = listings[path].result()
-    assert shown.returncode == 0
+def test_papermill_lists_each_parameter_with_its_comment(path):
+    shown = CliRunner().invoke(papermill_command, ["--help-notebook", str(path)])
+    assert shown.exit_code == 0
     for name in parameters(path):
-        assert f"  {name}: " in shown.stdout
-    assert ("which model" in shown.stdout) == ("model_name" in parameters(path))
+        assert f"  {name}: " in shown.output
+    assert ("which model" in shown.output) == ("model_name" in parameters(path))
 
 
-@dataclasses.dataclass(frozen=True)
-class Executed:
-    """What became of one execution, and when each converted file under the outputs was written."""
-
-    outputs: Path
-    end: subprocess.CompletedProcess
-    notebook: Path
-    written: dict[Path, int]
-
-
-def execute(path, model, start, outputs, notebook):
-    """As people type it, from the root or from notebooks/."""
-    given = ["-p", "model_name", model] if "model_name" in parameters(path) else []
-    name = path.relative_to(ROOT) if start == ROOT else path.name
-    given += ["-p", "output_dir", outputs]
-    end = papermill(name, notebook, *given, cwd=start, environment={"OMP_NUM_THREADS": "1"})  # two run at a time
-    written = {file: file.stat().st_mtime_ns for file in outputs.glob("*/model/*.safetensors")}
-    return Executed(outputs, end, notebook, written)
-
-
-@pytest.fixture(scope="module")
-def executions(tmp_path_factory):
-    """(notebook, model, folder it was started from) -> its execution, begun before the first is asked for: on the OPT
-    twin from the root and then at once from notebooks/, on the T5 twin from notebooks/. Each model has outputs of its
-    own, and works while the other does."""
-    with ThreadPoolExecutor(1) as opt, ThreadPoolExecutor(1) as t5:
-        jobs = {}
-        for path, (model, pool, start) in itertools.product(
-            OWN_KERNEL, ((OPT, opt, ROOT), (OPT, opt, NEAR), (T5, t5, NEAR))
-        ):
-            folder = tmp_path_factory.mktemp(path.stem)
-            outputs = tmp_path_factory.getbasetemp() / f"outputs-{model}"
-            jobs[path.stem, model, start] = pool.submit(execute, path, model, start, outputs, folder / "executed.ipynb")
-        yield jobs
-        for job in jobs.values():
-            job.cancel()
-
-
-@pytest.mark.parametrize(("model", "start"), [("opt", "root"), ("opt", "notebooks"), ("t5", "notebooks")])
-@pytest.mark.parametrize("path", OWN_KERNEL, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_either_folder(path, model, start, executions):
-    done = executions[path.stem, {"opt": OPT, "t5": T5}[model], {"root": ROOT, "notebooks": NEAR}[start]].result()
-    assert done.end.returncode == 0, done.end.stderr[-1500:]
-    cells = [cell for cell in nbformat.read(done.notebook, 4).cells if cell.cell_type == "code"]
+def check_executed(path, notebook):
+    """Every cell ran, none shows a traceback, and the pictures are there."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in cells)
-    text, pictures = executed(done.notebook)
+    text, pictures = shown(notebook)
     assert "Traceback" not in text
     assert pictures >= PICTURES.get(path.stem, 1)
 
 
-@pytest.mark.parametrize("path", OWN_KERNEL, ids=lambda path: path.stem)
-def test_a_second_run_in_a_row_converts_nothing_again(path, executions):
-    first, second = (executions[path.stem, OPT, start].result() for start in (ROOT, NEAR))
-    assert first.written
-    assert second.written == first.written
-
-
-def test_convert_leaves_report_page_and_figures(executions):
-    for model in (OPT, T5):
-        run = executions["convert", model, NEAR].result().outputs / model
-        report = json.loads((run / "report.json").read_text())
-        assert report["verdict"] == "explained"
+def check_converted(path, outputs, model):
+    """What the whole way leaves."""
+    if path.stem == "convert":
+        run = outputs / model
+        assert json.loads((run / "report.json").read_text())["verdict"] == "explained"
         assert (run / "report.html").is_file()
         assert {path.suffix for path in (run / "figures").iterdir()} == {".png"}
 
 
 @pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """One folder of outputs for all that is executed on a model here, as people have it."""
+    return tmp_path_factory.mktemp("outputs")
+
+
+@pytest.mark.xdist_group("notebooks, headless")
+@pytest.mark.parametrize("path", OWN_KERNEL, ids=lambda path: path.stem)
+def test_a_notebook_runs_headless_from_the_root(path, outputs, tmp_path):
+    given = ["-p", "model_name", OPT] if "model_name" in parameters(path) else []
+    given += ["-p", "output_dir", outputs]
+    done = papermill(path.relative_to(ROOT), tmp_path / "out.ipynb", *given, cwd=ROOT, environment=ONE_THREAD)
+    assert done.returncode == 0, done.stderr[-1500:]
+    check_executed(path, nbformat.read(tmp_path / "out.ipynb", 4))
+    check_converted(path, outputs, OPT)
+
+
+@pytest.mark.xdist_group("notebooks, by hand")
+@pytest.mark.parametrize("path", OWN_KERNEL, ids=lambda path: path.stem)
+def test_run_all_works_from_notebooks_and_again_in_the_same_kernel_converts_nothing_twice(
+    path, outputs, monkeypatch
+):
+    given = {"model_name": T5} if "model_name" in parameters(path) else {}
+    for name, value in ONE_THREAD.items():
+        monkeypatch.setenv(name, value)
+    notebook = injected(path, **given, output_dir=str(outputs))
+    client = NotebookClient(notebook, resources={"metadata": {"path": str(NEAR)}}, timeout=None)
+    with client.setup_kernel():
+        written = []
+        for _ in ("Run All", "and again"):
+            for number, cell in enumerate(notebook.cells):
+                client.execute_cell(cell, number)
+            check_executed(path, notebook)
+            check_converted(path, outputs, T5)
+            written.append({file: file.stat().st_mtime_ns for file in outputs.glob("*/model/*.safetensors")})
+    assert written[0] or path.stem in CONVERT_NOTHING
+    assert written[1] == written[0]
+
+
+# Runs the first three code cells of each notebook as a kernel does, the second of them papermill's: what each raised
+FIRST_CELLS = """
+import json, sys
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.utils.capture import capture_output
+
+raised = {}
+for name, cells in json.load(sys.stdin).items():
+    InteractiveShell.clear_instance()
+    shell = InteractiveShell.instance(history_load_length=0)
+    with capture_output():
+        done = [shell.run_cell(cell, store_history=True) for cell in cells]
+    raised[name] = [repr(one.error_in_exec) for one in done]
+print(json.dumps(raised))
+"""
+
+
+@pytest.fixture(scope="module")
 def misspelt(tmp_path_factory):
-    """Notebook -> its execution with a misspelt parameter, and the folder it was started in, two of them at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        jobs = {}
-        for path in OWN_KERNEL:
-            folder = tmp_path_factory.mktemp(path.stem)
-            given = (path, folder / "out.ipynb", "-p", "outputdir", folder / "x")
-            jobs[path] = pool.submit(papermill, *given, cwd=folder), folder
-        yield jobs
+    """Notebook -> what each of its first code cells raises where a parameter is misspelt; and where they ran."""
+    folder = tmp_path_factory.mktemp("misspelt")
+    asked = {}
+    for path in OWN_KERNEL:
+        cells = injected(path, outputdir=str(folder / "x")).cells
+        asked[path.stem] = [cell.source for cell in cells if cell.cell_type == "code"][:3]
+    command = [sys.executable, "-c", FIRST_CELLS]
+    done = subprocess.run(command, input=json.dumps(asked), cwd=folder, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout), folder
 
 
 @pytest.mark.parametrize("path", OWN_KERNEL, ids=lambda path: path.stem)
 def test_a_misspelt_parameter_is_refused_before_anything_runs(path, misspelt):
-    job, folder = misspelt[path]
-    done = job.result()
+    raised, folder = misspelt
+    *before, check = raised[path.stem]
+    assert before == ["None", "None"]
+    assert "no parameter 'outputdir'. Did you mean 'output_dir'?" in check
+    assert list(folder.iterdir()) == []
+
+
+def test_a_misspelt_parameter_ends_papermill_with_the_sentence(tmp_path):
+    done = papermill(NEAR / "convert.ipynb", tmp_path / "out.ipynb", "-p", "outputdir", tmp_path / "x", cwd=tmp_path)
     assert done.returncode != 0
     assert "no parameter 'outputdir'. Did you mean 'output_dir'?" in done.stderr
-    assert [path.name for path in folder.iterdir()] == ["out.ipynb"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"]
 
 
 @pytest.mark.parametrize(
@@ -228,7 +246,7 @@ def test_without_lavis_and_a_fitting_recording_the_weights_alone_are_proven(own_
         "-p", "lavis_python", "none", cwd=ROOT / "notebooks",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-1500:]
-    text, pictures = executed(tmp_path / "out.ipynb")
+    text, pictures = shown(nbformat.read(tmp_path / "out.ipynb", 4))
     assert "weights_only" in text
     assert "blip2nb capture tiny-blip2-opt-2.7b" in text
     assert pictures == 1
