@@ -27,8 +27,7 @@ demo: setup  ## convert a twin, prove it, show the verdict (needs no LAVIS)
 	@echo "  notebook  outputs/$(MODEL).ipynb"
 
 test: setup .venv/dev.done lavis browser lint  ## everything, LAVIS itself included
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
-	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 extended: .venv/dev.done .transformers4/installed.done  ## the converted directories in transformers 4.57 too (another 135 MB)
 	$(BIN)/python -m pytest -m extended

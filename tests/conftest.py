@@ -33,12 +33,17 @@ settings.load_profile("kit")
 torch.set_num_threads(1)  # twins are small, and threads that wait for each other are slow on a busy machine
 
 
+LONGEST = ("test_notebooks_by_hand", "test_notebooks_headless", "test_sweep", "test_finetuned", "test_interrupted")
+"""Files that take a minute and more. Where two run at a time, a file is one piece of work: long ones begin first."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out the extended tests unless they are asked for, also where `-m` asks for something else."""
     if "extended" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("extended")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 _BAR = re.compile(r"\d+%\||\[\d\d:\d\d\]\s*$")

@@ -246,31 +246,45 @@ def test_another_language_model_is_carried_through(name: str, tmp_path: Path):
 # -- the way back
 
 
+# Runs in LAVIS's environment: its own load_checkpoint, over a model of its own files; then every parameter by hash
+LOAD = """
+import json, sys, torch, record_lavis
+from hashing import digest_as, digest
+
+for path in sys.argv[1:]:
+    job = json.load(open(path))
+    model, _ = record_lavis.build(record_lavis.read_request(job["request"]))
+    found = model.load_checkpoint(job["checkpoint"])
+    stored = torch.load(job["checkpoint"], weights_only=True)["model"]
+    values = dict(model.named_parameters())
+    digests = {name: digest_as(value, digest(stored[name])) for name, value in values.items() if name in stored}
+    print(json.dumps([list(stored), list(found.unexpected_keys), digests]))
+"""
+REVERTED = [(name, part) for name in ("qformer", "language_too", "coco") for part in ("trained", "all")]
+
+
+@pytest.fixture(scope="session")
+def reverted(tuned: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list]:
+    """A conversion and the part of it that was reverted -> what LAVIS found in the file."""
+    jobs = []
+    for name, part in REVERTED:
+        folder = tmp_path_factory.mktemp(f"{name}-{part}")
+        assert api.revert(tuned[name], folder / "back.pth", part=part).no_way_back == {}
+        request = kernels.prepare(folder / "request", open_source(variant(CASES[name].model)), "twin")
+        jobs.append(folder / "request" / "job.json")
+        jobs[-1].write_text(json.dumps({"request": str(request), "checkpoint": str(folder / "back.pth")}))
+    said = in_lavis(jobs[0].parent, LOAD, [str(job) for job in jobs]).splitlines()
+    return dict(zip(REVERTED, map(json.loads, said[-len(jobs) :]), strict=True))
+
+
 @pytest.mark.lavis
-@pytest.mark.parametrize("part", ["trained", "all"])
-@pytest.mark.parametrize("name", ["qformer", "language_too", "coco"])
+@pytest.mark.parametrize(("name", "part"), REVERTED)
 def test_lavis_loads_what_was_reverted_and_has_the_weights_that_went_in(
-    tuned: dict[str, Run], tmp_path: Path, name: str, part: str
+    tuned: dict[str, Run], reverted: dict[tuple[str, str], list], name: str, part: str
 ):
-    """LAVIS's own load_checkpoint, over a model of its own files; then every parameter by hash."""
-    run, case = tuned[name], CASES[name]
-    done = api.revert(run, tmp_path / "back.pth", part=part)
-    assert done.no_way_back == {}
+    run = tuned[name]
     manifest = Manifest.read(run.model)
-    kernels.prepare(tmp_path / "request", open_source(variant(case.model)), "twin")
-    code = (
-        "import json, sys, torch, record_lavis\n"
-        "from hashing import digest_as, digest\n"
-        "model, _ = record_lavis.build(record_lavis.read_request('request.json'))\n"
-        "found = model.load_checkpoint(sys.argv[1])\n"
-        "stored = torch.load(sys.argv[1], weights_only=True)['model']\n"
-        "values = dict(model.named_parameters())\n"
-        "print(json.dumps([list(stored), list(found.unexpected_keys),\n"
-        "      {name: digest_as(value, digest(stored[name])) for name, value in values.items() if name in stored}]))\n"
-    )
-    held, unexpected, digests = json.loads(
-        in_lavis(tmp_path / "request", code, [str(tmp_path / "back.pth")]).splitlines()[-1]
-    )
+    held, unexpected, digests = reverted[name, part]
     assert unexpected == []
     expected = (
         set(manifest.parameters)

@@ -539,7 +539,6 @@ def test_a_hub_that_is_not_there_is_said_to_be_so(logged_in: Hub, run: Run, monk
 # -- the command line, in processes of its own
 
 
-@pytest.mark.alone
 def test_an_upload_that_was_interrupted_goes_on_with_what_the_hub_lacks(hub: Hub, tmp_path: Path):
     """The first of two shards arrives; while the second is on its way, Ctrl-C. Nobody sees the token, also in `ps`."""
     request = ("convert", OPT, "--output", tmp_path / "model", "--max-shard-size", "700KB")

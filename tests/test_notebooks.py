@@ -1,70 +1,17 @@
-"""Every notebook, through the real papermill and real kernels, as people type it."""
+"""What every notebook is: its form, its parameters, and what is refused before anything runs."""
 
 import json
-import os
-import shutil
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
-import torch
 from click.testing import CliRunner
-from nbclient import NotebookClient
+from notebook_runs import NEAR, NOTEBOOKS, OWN_KERNEL, STEPS, injected, papermill, parameters
 from papermill.cli import papermill as papermill_command
-from papermill.iorw import load_notebook_node
-from papermill.parameterize import parameterize_notebook
 
-import blip2nb
-from blip2nb.models.files import own_files
 from blip2nb.notebook import assigned, refuse_undeclared
-from blip2nb.variants import variant
-
-ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-OWN_KERNEL = [path for path in NOTEBOOKS if path.stem != "lavis"]
-OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"
-NEAR = ROOT / "notebooks"
-PICTURES = {"convert": 9, "05_activations": 7, "01_what_is_in_a_checkpoint": 0}
-CONVERT_NOTHING = ("10_your_own_port", "sweep")  # or keep no model of it
-STEPS = [path for path in NOTEBOOKS if path.stem not in ("convert", "lavis")]
-PAPERMILL = [str(Path(sys.executable).parent / "papermill")]
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two run at a time
-
-
-def papermill(*arguments, cwd, environment=None):
-    return subprocess.run(
-        [*PAPERMILL, *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, **(environment or {})},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def shown(notebook):
-    """All the text that an executed notebook shows, and the number of its pictures."""
-    text, pictures = [], 0
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            data = output.get("data", {})
-            pictures += "image/png" in data
-            text.append(output.get("text", "") or data.get("text/plain", "") or "\n".join(output.get("traceback", [])))
-    return "\n".join(text), pictures
-
-
-def injected(path, **given):
-    """A notebook with these parameters, as papermill gives it to a kernel."""
-    return parameterize_notebook(load_notebook_node(str(path)), given)
-
-
-def parameters(path):
-    """The names that a notebook's tagged cell declares."""
-    tagged = next(cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", []))
-    return assigned(tagged.source)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -115,63 +62,6 @@ def test_papermill_lists_each_parameter_with_its_comment(path):
     assert ("which model" in shown.output) == ("model_name" in parameters(path))
 
 
-def check_executed(path, notebook):
-    """Every cell ran, none shows a traceback, and the pictures are there."""
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert all(cell.execution_count for cell in cells)
-    text, pictures = shown(notebook)
-    assert "Traceback" not in text
-    assert pictures >= PICTURES.get(path.stem, 1)
-
-
-def check_converted(path, outputs, model):
-    """What the whole way leaves."""
-    if path.stem == "convert":
-        run = outputs / model
-        assert json.loads((run / "report.json").read_text())["verdict"] == "explained"
-        assert (run / "report.html").is_file()
-        assert {path.suffix for path in (run / "figures").iterdir()} == {".png"}
-
-
-@pytest.fixture(scope="module")
-def outputs(tmp_path_factory):
-    """One folder of outputs for all that is executed on a model here, as people have it."""
-    return tmp_path_factory.mktemp("outputs")
-
-
-@pytest.mark.xdist_group("notebooks, headless")
-@pytest.mark.parametrize("path", OWN_KERNEL, ids=lambda path: path.stem)
-def test_a_notebook_runs_headless_from_the_root(path, outputs, tmp_path):
-    given = ["-p", "model_name", OPT] if "model_name" in parameters(path) else []
-    given += ["-p", "output_dir", outputs]
-    done = papermill(path.relative_to(ROOT), tmp_path / "out.ipynb", *given, cwd=ROOT, environment=ONE_THREAD)
-    assert done.returncode == 0, done.stderr[-1500:]
-    check_executed(path, nbformat.read(tmp_path / "out.ipynb", 4))
-    check_converted(path, outputs, OPT)
-
-
-@pytest.mark.xdist_group("notebooks, by hand")
-@pytest.mark.parametrize("path", OWN_KERNEL, ids=lambda path: path.stem)
-def test_run_all_works_from_notebooks_and_again_in_the_same_kernel_converts_nothing_twice(
-    path, outputs, monkeypatch
-):
-    given = {"model_name": T5} if "model_name" in parameters(path) else {}
-    for name, value in ONE_THREAD.items():
-        monkeypatch.setenv(name, value)
-    notebook = injected(path, **given, output_dir=str(outputs))
-    client = NotebookClient(notebook, resources={"metadata": {"path": str(NEAR)}}, timeout=None)
-    with client.setup_kernel():
-        written = []
-        for _ in ("Run All", "and again"):
-            for number, cell in enumerate(notebook.cells):
-                client.execute_cell(cell, number)
-            check_executed(path, notebook)
-            check_converted(path, outputs, T5)
-            written.append({file: file.stat().st_mtime_ns for file in outputs.glob("*/model/*.safetensors")})
-    assert written[0] or path.stem in CONVERT_NOTHING
-    assert written[1] == written[0]
-
-
 # Runs the first three code cells of each notebook as a kernel does, the second of them papermill's: what each raised
 FIRST_CELLS = """
 import json, sys
@@ -218,84 +108,8 @@ def test_a_misspelt_parameter_ends_papermill_with_the_sentence(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out.ipynb"]
 
 
-@pytest.mark.parametrize(
-    ("notebook", "wrong", "right"), [("lavis", "python3", "lavis"), ("convert", "lavis", "python3")]
-)
-@pytest.mark.lavis
-def test_the_wrong_kernel_is_said_in_one_sentence(notebook, wrong, right, tmp_path):
-    done = papermill(f"{notebook}.ipynb", tmp_path / "out.ipynb", "-k", wrong, cwd=ROOT / "notebooks")
-    assert done.returncode != 0
-    assert f"needs the kernel '{right}'" in done.stderr
-
-
-@pytest.fixture(scope="module")
-def own_checkpoint(tmp_path_factory):
-    """Weights that no shipped recording fits: a twin's, with one tensor changed as by training."""
-    folder = tmp_path_factory.mktemp("own") / "files"
-    model = variant("tiny-blip2-opt-2.7b")
-    shutil.copytree(own_files(model).vision.parent, folder)
-    checkpoint = torch.load(folder / model.checkpoint, weights_only=True)
-    checkpoint["model"]["query_tokens"] += 0.5
-    torch.save(checkpoint, folder / model.checkpoint)
-    return folder
-
-
-def test_without_lavis_and_a_fitting_recording_the_weights_alone_are_proven(own_checkpoint, tmp_path):
-    done = papermill(
-        "convert.ipynb", tmp_path / "out.ipynb", "-p", "source", own_checkpoint, "-p", "output_dir", tmp_path,
-        "-p", "lavis_python", "none", cwd=ROOT / "notebooks",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-1500:]
-    text, pictures = shown(nbformat.read(tmp_path / "out.ipynb", 4))
-    assert "weights_only" in text
-    assert "blip2nb capture tiny-blip2-opt-2.7b" in text
-    assert pictures == 1
-
-
-@pytest.mark.lavis
-def test_the_command_that_completes_the_proof_completes_it(own_checkpoint, tmp_path):
-    run = blip2nb.convert("tiny-blip2-opt-2.7b", own_checkpoint, output_dir=tmp_path)
-    report = blip2nb.verify(run, lavis_python="none", figures=False)
-    assert report.verdict == "weights_only"
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    subprocess.run(report["complete_with"], shell=True, check=True, env={**os.environ, "PATH": path}, cwd=tmp_path)
-    assert run.report.verdict == "explained"
-
-
-@pytest.mark.lavis
-def test_convert_runs_lavis_by_itself_where_no_recording_fits(own_checkpoint, tmp_path):
-    done = papermill(
-        "notebooks/convert.ipynb", tmp_path / "out.ipynb", "-p", "source", own_checkpoint, "-p", "output_dir", tmp_path,
-        "-p", "run_name", "mine", "-p", "proof", "both", cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-1500:]
-    assert json.loads((tmp_path / "mine" / "report.json").read_text())["verdict"] == "explained"
-    inner = nbformat.read(tmp_path / "mine" / "lavis.ipynb", 4)
-    assert inner.metadata.kernelspec.name == "lavis"
-    assert all(cell.execution_count for cell in inner.cells if cell.cell_type == "code")
-
-
-@pytest.mark.lavis
-def test_lavis_notebook_runs_by_hand_twice_in_a_row_from_either_folder(tmp_path):
-    for start, notebook in ((ROOT, "notebooks/lavis.ipynb"), (NEAR, "lavis.ipynb")):
-        done = papermill(notebook, tmp_path / "out.ipynb", "-p", "output_dir", tmp_path, cwd=start)
-        assert done.returncode == 0, done.stderr[-1500:]
-    assert (tmp_path / "tiny-blip2-opt-2.7b" / "tape.safetensors").is_file()
-
-
 def test_undeclared_names_are_found_in_a_cell():
     assert assigned("a: int = 1  # one\nb = 2\nprint(a)") == ["a", "b"]
     refuse_undeclared(["a", "b"], ["b"])
     with pytest.raises(Exception, match="It has: a, b"):
         refuse_undeclared(["a", "b"], ["zzz"])
-
-
-def test_a_step_looks_at_a_run_by_its_name_alone_and_goes_to_standard_output(tmp_path):
-    blip2nb.convert(T5, output_dir=tmp_path, run_name="mine", max_shard_size="200kB")
-    done = papermill(
-        "03_fuse_q_and_v_biases.ipynb", "-p", "model_name", "", "-p", "run_name", "mine", "-p", "output_dir", tmp_path,
-        cwd=NEAR,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-1500:]
-    assert {path.name for path in tmp_path.iterdir()} == {"mine"}
-    assert any(cell.get("outputs") for cell in nbformat.reads(done.stdout, 4).cells)
