@@ -13,7 +13,7 @@ STRIP := -m nbstripout --keep-id --drop-tagged-cells injected-parameters \
 	metadata.language_info.codemirror_mode metadata.language_info.file_extension metadata.language_info.mimetype \
 	metadata.language_info.nbconvert_exporter metadata.language_info.pygments_lexer metadata.language_info.version"
 
-.PHONY: help demo test extended lint lab setup browser lavis twins tapes picture docs filter strip bench sweeps rates clean
+.PHONY: help demo test extended lint lab setup both browser lavis twins tapes picture docs filter strip bench sweeps rates clean
 .NOTPARALLEL:  # two notebooks at once would write to one run
 
 help:  ## what can be made
@@ -26,7 +26,7 @@ demo: setup  ## convert a twin, prove it, show the verdict (needs no LAVIS)
 	@$(BIN)/blip2nb show $(MODEL)
 	@echo "  notebook  outputs/$(MODEL).ipynb"
 
-test: setup .venv/dev.done lavis browser lint  ## everything, LAVIS itself included
+test: both lavis browser lint  ## everything, LAVIS itself included
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 extended: .venv/dev.done .transformers4/installed.done  ## the converted directories in transformers 4.57 too (another 135 MB)
@@ -41,6 +41,10 @@ lab: setup  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/convert.ipynb
 
 setup: .venv/main.done  ## the main environment (.venv)
+
+both:  # both environments at once: each is one process that unpacks
+	@$(MAKE) --silent .venv/dev.done & first=$$!; \
+		$(MAKE) --silent .venv-lavis/packages.done; second=$$?; wait $$first && exit $$second
 
 browser: .venv/dev.done  # a browser for the tests; where none can be had it says so, and those tests are skipped
 	@$(BIN)/python tests/browser.py
@@ -111,11 +115,14 @@ $(BOOK)/source/notebooks/%.ipynb: notebooks/%.ipynb $(wildcard blip2nb/*.py blip
 		$(BIN)/python -m nbstripout --keep-id --keep-count --keep-output --drop-tagged-cells injected-parameters \
 			$(BOOK)/$*.ipynb && mv $(BOOK)/$*.ipynb $@; fi
 
-.venv-lavis/lavis.done: requirements-lavis.txt constraints-lavis.txt .venv/main.done
+.venv-lavis/packages.done: requirements-lavis.txt constraints-lavis.txt
 	@$(OLD_PYTHON) -c "import sys; (3, 8) <= sys.version_info < (3, 12) or sys.exit('LAVIS needs Python 3.8 to 3.11, found ' + sys.version.split()[0] + '. Say which with: make lavis OLD_PYTHON=python3.11')"
 	@echo "Making .venv-lavis: LAVIS with the old transformers it needs. About 3 GB to download, 7 GB on disk, 2 to 10 minutes."
 	@test -x $(LAVIS_BIN)/python || $(OLD_PYTHON) -m venv .venv-lavis
 	@$(LAVIS_BIN)/python -m pip install -q -c constraints-lavis.txt -r requirements-lavis.txt
+	@touch $@
+
+.venv-lavis/lavis.done: .venv-lavis/packages.done .venv/main.done
 	@$(LAVIS_BIN)/python -m pip install -q --no-deps -e .
 	@$(LAVIS_BIN)/python -m ipykernel install --prefix .venv --name lavis --display-name "LAVIS (blip2nb)" 2>/dev/null >/dev/null
 	@touch $@
