@@ -432,7 +432,7 @@ def proven(
 def check_proof(
     proof: str, model: str, source: str = "", run_name: str = "", output_dir: str = "", lavis_python: str = ""
 ) -> None:
-    """Whether the proof asked for can be made, before anything is converted.
+    """Whether the proof asked for can be made, before anything is converted; and the imports that it needs.
 
     Raises:
         RequestError: there is no such proof, or "both" was asked for without LAVIS and without a recording.
@@ -441,6 +441,7 @@ def check_proof(
 
     if proof not in PROOFS:
         raise RequestError(f"The proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
+    from blip2nb.models import huggingface
     from blip2nb.models.files import which
 
     wanted = which(model, source)
@@ -448,6 +449,7 @@ def check_proof(
     shipped = not source and reference.shipped_tape(wanted).is_file()
     if proof == "both" and not recorded and not shipped:
         reference.require_lavis(lavis_python, wanted)
+    huggingface.import_all()
 
 
 def sweep(
