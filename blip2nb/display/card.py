@@ -73,7 +73,7 @@ def _figure(report: Report, picture: Picture | None) -> bytes | None:
     """The depth trace as a PNG of few colours; None where there is nothing to draw."""
     from PIL import Image
 
-    from blip2nb.display import page, plots
+    from blip2nb.display import plots
 
     if "depth_trace" not in plots.available(report.content, report.arrays):
         return None
@@ -81,7 +81,7 @@ def _figure(report: Report, picture: Picture | None) -> bytes | None:
     with Image.open(io.BytesIO(drawn._repr_png_()[0])) as image:
         small = image.resize((_ACROSS, round(_ACROSS * image.height / image.width)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    page.with_few_colours(small).save(buffer, "PNG", optimize=True)
+    small.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
