@@ -20,6 +20,7 @@ from blip2nb.weights.writer import parse_size
 if TYPE_CHECKING:
     from blip2nb.display.difference import Difference
     from blip2nb.display.explorer import Explorer
+    from blip2nb.display.figures.style import Picture
     from blip2nb.models.break_it import Answer, Listing
     from blip2nb.models.files import Opened
     from blip2nb.models.inputs import Chosen, Paths
@@ -109,10 +110,10 @@ def convert(
     return run
 
 
-def _write_card(run: Run) -> None:
+def _write_card(run: Run, figure: Picture | None = None) -> None:
     from blip2nb.display import card
 
-    card.write(run)
+    card.write(run, figure)
 
 
 def push(target: str | Path | Run, repository: str, *, private: bool = False, token: str = "") -> str:
@@ -378,11 +379,11 @@ def verify(
         report = prove(run.model, found, again, say, source=lambda: _source_of(run, source, base), dtype=dtype)
     report.save(run.folder)
     if figures:
-        draw(run)
+        report.drawn.update(draw(run))
     else:
         run.page.unlink(missing_ok=True)  # it would be an earlier report's
     if run.folder == own or push_to_hub:  # a proof that is kept elsewhere leaves the directory as it is
-        _write_card(run)
+        _write_card(run, report.drawn.get("depth_trace"))
     if push_to_hub and report.verdict == "diverges":
         log.warning("%s was not uploaded: it is not the model that LAVIS runs", run.folder.name)
     elif push_to_hub:
@@ -431,7 +432,7 @@ def proven(
 def check_proof(
     proof: str, model: str, source: str = "", run_name: str = "", output_dir: str = "", lavis_python: str = ""
 ) -> None:
-    """Whether the proof asked for can be made, before anything is converted.
+    """Whether the proof asked for can be made, before anything is converted; and the imports that it needs.
 
     Raises:
         RequestError: there is no such proof, or "both" was asked for without LAVIS and without a recording.
@@ -440,6 +441,7 @@ def check_proof(
 
     if proof not in PROOFS:
         raise RequestError(f"The proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
+    from blip2nb.models import huggingface
     from blip2nb.models.files import which
 
     wanted = which(model, source)
@@ -447,6 +449,7 @@ def check_proof(
     shipped = not source and reference.shipped_tape(wanted).is_file()
     if proof == "both" and not recorded and not shipped:
         reference.require_lavis(lavis_python, wanted)
+    huggingface.import_all()
 
 
 def sweep(
@@ -503,21 +506,25 @@ def sweep(
     )
 
 
-def draw(run: Run) -> list[Path]:
-    """Draw every figure that the run's report has data for into its figures/ folder, and make report.html of them."""
-    from blip2nb.display import page, plots
+def draw(run: Run) -> dict[str, Picture]:
+    """Draw every figure that the run's report has data for into its figures/ folder, and make report.html of them.
+
+    Returns:
+        The figures by name, each drawn once: shown in a notebook, it is what was written.
+    """
+    from blip2nb.display.narrow import narrow_pictures
 
     report = run.report
     run.figures.mkdir(parents=True, exist_ok=True)
-    for stem in plots.FIGURES:  # of an earlier report, which may have had data for more
-        for path in run.figures.glob(f"{stem}*"):
-            path.unlink()
-    drawn = plots.rasters(report.content, report.arrays)
-    paths = [
-        plots.save_image(image, run.figures / f"{name}.png", name, plots.alt_text(name, report.content, report.arrays))
-        for name, image in drawn.items()
-    ]
-    return [*paths, page.save(report.content, report.arrays, run.page, drawn)]
+    with narrow_pictures(run.folder) as narrow:
+        from blip2nb.display import page, plots  # takes half a second, as long as that process takes to begin
+
+        for stem in plots.FIGURES:  # of an earlier report, which may have had data for more
+            for path in run.figures.glob(f"{stem}*"):
+                path.unlink()
+        pictures, wide = plots.save_all(report.content, report.arrays, run.figures)
+        page.save(report.content, report.arrays, run.page, wide, narrow())
+    return pictures
 
 
 def export_figures(target: str | Path | Run, folder: str | Path = "") -> list[Path]:

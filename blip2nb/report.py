@@ -25,6 +25,8 @@ class Report:
 
     content: Mapping[str, Any]
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    drawn: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    """Figures that are drawn already, by name. `figure` hands out each once and draws a new one from then on."""
 
     @property
     def verdict(self) -> str:
@@ -55,6 +57,8 @@ class Report:
             raise RequestError(f"There is no figure {name!r}; there are {', '.join(plots.FIGURES)}.")
         if name not in plots.available(self.content, self.arrays):
             return Note(f"No picture of this ({name}): the report has nothing to draw it from. {self['summary']}")
+        if width == 7.0 and name in self.drawn:
+            return self.drawn.pop(name)
         return plots.FIGURES[name](self.content, self.arrays, width=width)
 
     def save(self, folder: Path) -> Path:

@@ -19,16 +19,20 @@ from blip2nb.variants import Variant, variant
 from blip2nb.weights.convert import Manifest
 
 if TYPE_CHECKING:
+    from blip2nb.display.figures.style import Picture
     from blip2nb.report import Report
     from blip2nb.runs import Run
 
 log = logging.getLogger("blip2nb")
 
-_WIDTH, _DPI = 7.0, 128  # inches and dots for each: 896 across, about as wide as the hub shows a card
+_ACROSS = 896  # dots, about as wide as the hub shows a card
 
 
-def write(run: Run) -> bool:
+def write(run: Run, figure: Picture | None = None) -> bool:
     """Write the card of a run's model, and its figure where its report has one: whole, or not at all.
+
+    Args:
+        figure: the report's depth trace, if it is drawn already.
 
     Returns:
         Whether it was. A card that was edited stays as it is, and a directory that cannot be written to does too.
@@ -41,7 +45,7 @@ def write(run: Run) -> bool:
     if report is not None and report["provenance"]["weights_hash"] != manifest.weights_hash:
         report = None  # of another model
     wanted = {README: render(manifest, report).encode()}
-    if report is not None and (picture := _figure(report)) is not None:
+    if report is not None and (picture := _figure(report, figure)) is not None:
         wanted[FIGURE] = picture
     try:
         _put(run.model, wanted)
@@ -65,16 +69,19 @@ def _put(folder: Path, wanted: Mapping[str, bytes]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _figure(report: Report) -> bytes | None:
+def _figure(report: Report, picture: Picture | None) -> bytes | None:
     """The depth trace as a PNG of few colours; None where there is nothing to draw."""
-    from blip2nb.display import page, plots
-    from blip2nb.display.figures.style import rasterise
+    from PIL import Image
+
+    from blip2nb.display import plots
 
     if "depth_trace" not in plots.available(report.content, report.arrays):
         return None
-    drawn = rasterise(plots.FIGURES["depth_trace"](report.content, report.arrays, _WIDTH), _DPI)
+    drawn = picture or plots.FIGURES["depth_trace"](report.content, report.arrays)
+    with Image.open(io.BytesIO(drawn._repr_png_()[0])) as image:
+        small = image.resize((_ACROSS, round(_ACROSS * image.height / image.width)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    page.with_few_colours(drawn).save(buffer, "PNG", optimize=True)
+    small.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 

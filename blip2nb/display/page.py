@@ -28,21 +28,33 @@ MOST_ROWS = 200
 _WIDE, _NARROW = 7.0, 3.4  # inches: what a desk and a phone are shown
 
 
-def save(report: Report, arrays: Arrays, path: Path, drawn: Mapping[str, Image.Image] | None = None) -> Path:
+def save(
+    report: Report,
+    arrays: Arrays,
+    path: Path,
+    drawn: Mapping[str, Image.Image] | None = None,
+    phone: Mapping[str, Shown] | None = None,
+) -> Path:
     """Write the page, whole or not at all. Arguments as for `render`. Returns the path."""
     beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(render(report, arrays, drawn), encoding="utf-8", newline="\n")
+    beside.write_text(render(report, arrays, drawn, phone), encoding="utf-8", newline="\n")
     os.replace(beside, path)
     return path
 
 
-def render(report: Report, arrays: Arrays, drawn: Mapping[str, Image.Image] | None = None) -> str:
+def render(
+    report: Report,
+    arrays: Arrays,
+    drawn: Mapping[str, Image.Image] | None = None,
+    phone: Mapping[str, Shown] | None = None,
+) -> str:
     """The page as HTML.
 
     Args:
         report: as in report.json.
         arrays: as in arrays.safetensors.
-        drawn: those of `plots.rasters` that were drawn already, by the figure's name. The others are drawn.
+        drawn: figures that `plots.save_all` has drawn, by name. The others are drawn.
+        phone: what `narrow` has made of them already, by name.
     """
     template = templates.template("page.html.j2", number=as_number, bytes=as_bytes, count=as_count, cell=_cell)
     return template.render(
@@ -54,7 +66,7 @@ def render(report: Report, arrays: Arrays, drawn: Mapping[str, Image.Image] | No
         usage=text.program(report),
         completion=text.completion(report),
         numbers=text.numbers(report),
-        figures=list(_figures(report, arrays, drawn or {})),
+        figures=list(_figures(report, arrays, drawn or {}, phone or {})),
         faults=[_fault(group) for group in faults.Faults(report).groups],
         stages=_stages(report) if report["stages"] else [],
         names=_names(report["weights"]["names"]),
@@ -190,7 +202,7 @@ def _place(fault: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Picture:
+class Shown:
     """A palette PNG as a data URL, with its size in pixels."""
 
     source: str
@@ -206,8 +218,8 @@ class _Figure:
     title: str
     reading: str
     alt: str
-    wide: _Picture
-    narrow: _Picture
+    wide: Shown
+    narrow: Shown
     columns: list[str]
     rows: list[list[Any]]
     total: int
@@ -284,7 +296,9 @@ _READING = {
 """Name -> (title, how to read it), in the order of the page."""
 
 
-def _figures(report: Report, arrays: Arrays, drawn: Mapping[str, Image.Image]) -> Iterator[_Figure]:
+def _figures(
+    report: Report, arrays: Arrays, drawn: Mapping[str, Image.Image], phone: Mapping[str, Shown]
+) -> Iterator[_Figure]:
     there = plots.available(report, arrays)
     for name in [*(one for one in _READING if one in there), *(one for one in there if one not in _READING)]:
         title, reading = _READING.get(name, (name.replace("_", " ").capitalize(), ""))
@@ -295,8 +309,8 @@ def _figures(report: Report, arrays: Arrays, drawn: Mapping[str, Image.Image]) -
             title=title,
             reading=reading,
             alt=plots.alt_text(name, report, arrays),
-            wide=_picture(wide),
-            narrow=_picture(_raster(name, report, arrays, _NARROW)),
+            wide=_shown(wide),
+            narrow=phone[name] if name in phone else narrow(name, report, arrays),
             columns=[_COLUMNS.get(key, key.replace("_", " ")) for key in (rows[0] if rows else {})],
             rows=[list(row.values()) for row in rows[:MOST_ROWS]],
             total=len(rows),
@@ -318,12 +332,17 @@ def _raster(name: str, report: Report, arrays: Arrays, width: float) -> Image.Im
     return rasterise(plots.FIGURES[name](report, arrays, width), plots.DPI if width == _WIDE else 256)
 
 
-def _picture(image: Image.Image) -> _Picture:
+def narrow(name: str, report: Report, arrays: Arrays) -> Shown:
+    """What a phone is shown of a figure."""
+    return _shown(_raster(name, report, arrays, _NARROW))
+
+
+def _shown(image: Image.Image) -> Shown:
     """With 256 colours, which is all that the figures need, a third of the size, and half of what it is as SVG."""
     small, buffer = with_few_colours(image), io.BytesIO()
     small.save(buffer, "PNG", compress_level=6)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return _Picture(f"data:image/png;base64,{data}", *small.size)
+    return Shown(f"data:image/png;base64,{data}", *small.size)
 
 
 def with_few_colours(image: Image.Image) -> Image.Image:

@@ -29,7 +29,7 @@ from blip2nb.display.figures import (
     token_by_channel,
     worst_image,
 )
-from blip2nb.display.figures.style import Arrays, Draw, Report, rasterise, style
+from blip2nb.display.figures.style import DPI, Arrays, Draw, Picture, Report, rasterise, style
 
 _MODULES: dict[str, ModuleType] = {
     module.__name__.rsplit(".", 1)[1]: module
@@ -56,8 +56,6 @@ FIGURES: dict[str, Draw] = {name: module.draw for name, module in _MODULES.items
 
 WIDTHS = (3.4, 7.0)
 """Inches: a column and a page of a paper."""
-
-DPI = 200
 
 
 def available(report: Report, arrays: Arrays) -> list[str]:
@@ -111,9 +109,19 @@ def save(
     return written
 
 
-def rasters(report: Report, arrays: Arrays) -> dict[str, Image.Image]:
-    """Name -> RGB image, 7 inches wide at 200 dots an inch, of every figure for which there is data."""
-    return {name: rasterise(FIGURES[name](report, arrays, 7.0), DPI) for name in available(report, arrays)}
+def save_all(report: Report, arrays: Arrays, folder: Path) -> tuple[dict[str, Picture], dict[str, Image.Image]]:
+    """Write every figure for which there is data as a PNG, 7 inches wide, drawing each once.
+
+    Returns:
+        The figures by name, which keep the PNG, and the same as RGB images.
+    """
+    pictures, images = {}, {}
+    for name in available(report, arrays):
+        pictures[name] = FIGURES[name](report, arrays, 7.0)
+        images[name] = rasterise(pictures[name], DPI)
+        path = save_image(images[name], folder / f"{name}.png", name, alt_text(name, report, arrays))
+        pictures[name].keep(path.read_bytes())
+    return pictures, images
 
 
 def save_picture(picture: Figure, path: Path, name: str, alt: str) -> Path:

@@ -25,6 +25,12 @@ class Loaded:
     processor: Blip2Processor
 
 
+def import_all() -> None:
+    """Import what `load` needs, which takes seconds. A conversion that follows then writes its configuration with it,
+    and not by a process that imports half of it again."""
+    from transformers import AutoProcessor, Blip2ForConditionalGeneration  # noqa: F401
+
+
 def load(folder: Path, dtype: str = "float32") -> Loaded:
     """Load a converted directory with `from_pretrained`: on the CPU, in eval mode, with the PIL image processor.
 

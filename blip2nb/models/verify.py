@@ -24,7 +24,7 @@ from blip2nb.models.knowledge import before_the_cast, knowledge, knowledge_of_ca
 from blip2nb.models.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
 from blip2nb.report import Report
 from blip2nb.trace.causes import Cause
-from blip2nb.trace.comparison import Comparison, TableError, compare, faulty
+from blip2nb.trace.comparison import Comparison, TableError, compare, compare_in_passing, faulty
 from blip2nb.trace.diagnose import (
     AttributeDifference,
     Finding,
@@ -35,8 +35,7 @@ from blip2nb.trace.diagnose import (
     still,
     weight_cause,
 )
-from blip2nb.trace.metrics import compare_logits, distance
-from blip2nb.trace.tape import recording
+from blip2nb.trace.metrics import compare_logits
 from blip2nb.trace.weights import kind_of
 from blip2nb.variants import Variant
 from blip2nb.weights import hashing, stored
@@ -415,23 +414,18 @@ def _as_shipped(
     inputs: Mapping[str, Any],
     known: Sequence[tuple[KnownDifference, AttributeDifference]],
 ) -> Comparison:
-    """The model without the fixes. Where a stage is fed LAVIS's inputs only the stages that hold a fix are others; what
-    passes through the whole model is measured again."""
+    """The model without the fixes, in one pass. Where a stage is fed LAVIS's inputs only the stages that hold a fix are
+    others; what passes through the whole model is measured again."""
     touched = {one.stage for one, _ in known}
-    again = compare(tape, loaded.model, [stage for stage in table if stage.name in touched], inputs, explain=False)
-    with torch.no_grad(), recording(loaded.model, [stage.candidate for stage in table]) as outputs:
-        loaded.model(**inputs)
-    measured = {one.name: one for one in again.stages}
+    again = compare_in_passing(tape, loaded.model, table, inputs, touched)
     results = []
-    for stage, one in zip(table, fixed.stages, strict=True):
-        drift = distance(outputs[stage.candidate], tape[stage.reference]) if stage.candidate in outputs else None
+    for before, after in zip(again.stages, fixed.stages, strict=True):
+        measured = before if before.name in touched else after
         # what arrives there was not fed LAVIS's values on the way this time
-        measurement = measured.get(stage.name, one)
-        results.append(dataclasses.replace(measurement, drift=drift, arrival_error=one.arrival_error))
-    by_name = {stage.name: outputs[stage.candidate] for stage in table if stage.candidate in outputs}
+        results.append(dataclasses.replace(measured, drift=before.drift, arrival_error=after.arrival_error))
     return Comparison(
         tuple(results),
-        by_name,
+        again.outputs,
         {**fixed.local_outputs, **again.local_outputs},
         {**fixed.token_errors, **again.token_errors},
     )

@@ -15,7 +15,7 @@ import dataclasses
 import html
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -209,6 +209,34 @@ def compare(
         tuple(findings),
         "" if forcing.stopped is None else repr(forcing.stopped),
     )
+
+
+def compare_in_passing(
+    reference: Tape | Mapping[str, torch.Tensor],
+    candidate: torch.nn.Module,
+    stages: Sequence[Stage],
+    inputs: Inputs,
+    fed: Collection[str],
+) -> Comparison:
+    """The drift of every stage, and what a few of them compute when fed the reference's inputs, in one forward pass:
+    each of these is called once more, on those inputs, when the pass has gone through it. Arrivals are not measured.
+
+    Args:
+        reference, candidate, stages, inputs: as for `compare`.
+        fed: the names of those few.
+    """
+    forcing = _Forcing(candidate, [stage for stage in stages if stage.name in fed], reference)
+    places = [stage.candidate for stage in stages]
+    with torch.no_grad(), recording(candidate, places) as outputs, forcing.in_passing(), forcing.surviving(False):
+        call(candidate, inputs)
+    found = {stage.name: outputs[stage.candidate] for stage in stages if stage.candidate in outputs}
+    drift = {stage.name: distance(found[stage.name], reference[stage.reference]) for stage in stages
+             if stage.name in found}  # fmt: skip
+    results = []
+    for one in stages:
+        local = forcing.local.get(one.name, _NEVER_CALLED if one.name in fed else {})
+        results.append(StageResult(one.name, one.module, one.is_junction, None, drift.get(one.name), **local))
+    return Comparison(tuple(results), found, forcing.local_outputs, forcing.token_errors)
 
 
 _NEVER_CALLED: dict[str, Any] = {"local_error": math.inf, "rounding": math.nan, "excess": math.inf, "bit_equal": False}
@@ -473,6 +501,33 @@ class _Forcing:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextlib.contextmanager
+    def in_passing(self) -> Iterator[None]:
+        """Measure the stages without disturbing the pass."""
+        modules = [self.candidate.get_submodule(stage.module) for stage in self.stages]
+        handles = [
+            module.register_forward_hook(self._once_more(stage, module), with_kwargs=True)
+            for stage, module in zip(self.stages, modules, strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _once_more(self, stage: Stage, module: torch.nn.Module) -> Callable:
+        """Call the module a second time, on the recorded inputs, and measure that output."""
+        feed = self._before(stage, module)
+
+        def hook(_module: torch.nn.Module, args: tuple, kwargs: dict, _output: Any) -> None:
+            if stage.name not in self._seen:
+                given, named = feed(module, args, kwargs)
+                self._seen.add(stage.name)
+                found = first_tensor(module(*given, **named))
+                self._measure(stage, module, given, named, found, self.recorded[stage.reference])
+
+        return hook
 
     def _before(self, stage: Stage, module: torch.nn.Module) -> Callable:
         """Measure what arrives, then put the recorded inputs in its place."""

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
@@ -40,7 +39,7 @@ def available(report: Report, arrays: Arrays) -> bool:
 
 
 @styled
-def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
+def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     """F3: the size of the values themselves over depth, of both models, each run by itself from the image and the text.
 
     RMS as a line, from the 1st to the 99th percentile of |value| as a band, the maximum as dots. A scale that explodes

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from blip2nb.display.figures.axes import add_legend, add_title, draw_dumbbells, legend_key, log_axis
@@ -24,7 +23,7 @@ def available(report: Report, arrays: Arrays) -> bool:
 
 
 @styled
-def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
+def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     """F2: error ÷ rounding as shipped and with the fix, for the stages that it moves by a tenth or more.
 
     Args:

@@ -39,7 +39,7 @@ def available(report: Report, arrays: Arrays) -> bool:
 
 
 @styled
-def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
+def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     """F9: what both models say about each image, greedily, the word at which they part, and one caption as a ladder.
 
     The ladder shows each token's log-probability in both models and that of its runner-up, which tells how near to a

@@ -38,7 +38,7 @@ def available(report: Report, arrays: Arrays) -> bool:
 
 
 @styled
-def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
+def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     """F1, the hero: where in the network an error arises, and whether it is more than rounding.
 
     Above, relative errors ‖transformers − LAVIS‖ ÷ ‖LAVIS‖ over depth; below, each stage's error over its own

@@ -9,7 +9,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from blip2nb.display.figures.axes import ERROR_DECADES, add_title, draw_markers, log_axis, on_axis
@@ -24,7 +23,7 @@ def available(report: Report, arrays: Arrays) -> bool:
 
 
 @styled
-def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
+def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     """F11: LAVIS's two biases become one, and why its middle third may be anything but is zero.
 
     Args:

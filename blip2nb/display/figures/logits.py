@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
@@ -33,7 +32,7 @@ def available(report: Report, arrays: Arrays) -> bool:
 
 
 @styled
-def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
+def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     """F7: how far the logits are apart at each position, the last position's top tokens, and whether a token can flip.
 
     A difference can swap the first two tokens only where it is more than half the margin between them.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -13,7 +12,7 @@ from blip2nb.display.figures.words import as_number
 
 
 @styled
-def draw(report: Report, arrays: Arrays, width: float = 7.0, position: int = 0) -> Figure:
+def draw(report: Report, arrays: Arrays, width: float = 7.0, position: int = 0) -> Picture:
     """Values and differences at one position of the examined stage's output.
 
     Args:

@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
-from matplotlib.figure import Figure
 
 from blip2nb.display.figures.axes import add_title
 from blip2nb.display.figures.cells import cell_steps, largest_by_cell
@@ -24,7 +23,7 @@ def available(report: Report, arrays: Arrays) -> bool:
 
 
 @styled
-def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
+def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     """F8: what the image looks like to each processor, as LAVIS's grey levels minus the processor's.
 
     Args:

@@ -42,7 +42,7 @@ def available(report: Report, arrays: Arrays) -> bool:
 
 
 @styled
-def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
+def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     """F6: transformers − LAVIS against LAVIS's value, and how much of it each simple pattern would explain.
 
     An offset is a bias, a slope a scale, a curve an activation function; without a pattern it is rounding, or mixed.

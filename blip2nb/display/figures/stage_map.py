@@ -14,7 +14,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from blip2nb.display.figures.axes import add_title, legend_key
@@ -40,7 +39,7 @@ def available(report: Report, arrays: Arrays) -> bool:
 
 
 @styled
-def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
+def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     """F12: every place that was compared, as boxes in the order in which data flows, and how each fared.
 
     Blocks that repeat are one box with a cell for each of them. What the parts are, and what repeats, is read off the

@@ -17,7 +17,9 @@ from PIL import Image
 
 Report = Mapping[str, Any]
 Arrays = Mapping[str, np.ndarray]
-Draw = Callable[..., Figure]
+
+DPI = 200
+"""Of the figures' PNG, in a file and in a notebook: two pixels for each of a screen's, and a little more."""
 
 LAVIS, TRANSFORMERS, FAULT = "#0072B2", "#E69F00", "#D55E00"
 INK, MUTED, ROUNDING, HAIRLINE = "#222222", "#666666", "#D9D9D9", "#BBBBBB"
@@ -34,17 +36,28 @@ class Picture(Figure):
     def __init__(self, width: float, height: float, alt: str, layout: str | None = "constrained") -> None:
         super().__init__(figsize=(width, height), layout=layout)  # type: ignore[arg-type]
         self.alt = alt
+        self._kept = b""
 
     def draw(self, renderer: Any) -> None:
+        self._kept = b""
         with style(self.get_figwidth()):
             super().draw(renderer)
 
+    def keep(self, png: bytes) -> None:
+        """Show this PNG of the figure instead of drawing it, until somebody changes or draws the figure."""
+        self._kept, self.stale = png, False  # matplotlib sets `stale` on every change
+
     def _repr_png_(self) -> tuple[bytes, dict[str, Any]]:
-        """Twice the pixels of its size on the screen, for screens that have them."""
-        buffer = io.BytesIO()
-        rasterise(self, 192).save(buffer, "PNG")
+        png = b"" if self.stale else self._kept
+        if not png:
+            buffer = io.BytesIO()
+            rasterise(self, DPI).save(buffer, "PNG")
+            png = buffer.getvalue()
         width, height = (round(96 * inches) for inches in self.get_size_inches())
-        return buffer.getvalue(), {"width": width, "height": height, "alt": self.alt}
+        return png, {"width": width, "height": height, "alt": self.alt}
+
+
+Draw = Callable[..., Picture]
 
 
 def rasterise(picture: Figure, dpi: int) -> Image.Image:
@@ -96,7 +109,7 @@ def styled(draw: Draw) -> Draw:
     """Runs a figure's function in the style."""
 
     @functools.wraps(draw)
-    def styled(report: Report, arrays: Arrays, width: float = 7.0, **options: Any) -> Figure:
+    def styled(report: Report, arrays: Arrays, width: float = 7.0, **options: Any) -> Picture:
         with style(width):
             return draw(report, arrays, width, **options)
 

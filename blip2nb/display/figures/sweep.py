@@ -13,7 +13,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -39,7 +38,7 @@ def available(index: Mapping[str, Any]) -> bool:
     return bool(index["runs"])
 
 
-def sweep(index: Mapping[str, Any], width: float = 7.0) -> Figure:
+def sweep(index: Mapping[str, Any], width: float = 7.0) -> Picture:
     """F14: a row for each run, with what each proof found in words, and error ÷ rounding over depth in miniature.
 
     Where there are more runs than fit on a page, those that went worst are drawn, and the figure says so.
@@ -59,7 +58,7 @@ def _drawn(runs: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, An
     return [runs[place] for place in sorted(places[:most])]
 
 
-def _page(index: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], width: float) -> Figure:
+def _page(index: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], width: float) -> Picture:
     """Laid out in inches from the top left. Where it is narrow a run's name stands over its cells, its errors under."""
     wide = width >= 5
     size, small = matplotlib.rcParams["font.size"] / 72, matplotlib.rcParams["legend.fontsize"]

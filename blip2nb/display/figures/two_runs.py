@@ -43,7 +43,7 @@ def draw(
     other_arrays: Arrays,
     width: float = 7.0,
     names: tuple[str, str] = ("A", "B"),
-) -> Figure:
+) -> Picture:
     """F13: error ÷ rounding in both runs, of the stages that moved by a tenth or more, and what else differs.
 
     Args:
@@ -57,7 +57,7 @@ def draw(
         return _page(found, report["threshold"], width)
 
 
-def _page(found: Difference, threshold: float, width: float) -> Figure:
+def _page(found: Difference, threshold: float, width: float) -> Picture:
     """Laid out in inches: the stages at the left, or on top where it is narrow; the words beside or beneath them."""
     size = matplotlib.rcParams["font.size"] / 72
     drawn = _largest(found.moved)

@@ -46,7 +46,7 @@ def available(report: Report, arrays: Arrays) -> bool:
 
 
 @styled
-def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Figure:
+def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     """The worst of the images: the picture, its KL divergence token by token, that of all the others, and its captions.
 
     Args:
