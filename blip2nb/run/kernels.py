@@ -28,11 +28,14 @@ from blip2nb.weights.mapping import Tied, entries
 _PACKAGE = Path(__file__).resolve().parent.parent
 NOTEBOOK = _PACKAGE.parent / "notebooks" / "lavis.ipynb"
 
-# What travels to where LAVIS is: the recorder, under a name that does not hide the lavis package, and its two helpers
+# What travels to where LAVIS is: the recorder, under a name that does not hide the lavis package, and what it needs
 _FILES = {
     "record_lavis.py": _PACKAGE / "models" / "lavis.py",
     "tape.py": _PACKAGE / "trace" / "tape.py",
     "hashing.py": _PACKAGE / "weights" / "hashing.py",
+    "torchfile.py": _PACKAGE / "weights" / "torchfile.py",
+    "stored.py": _PACKAGE / "weights" / "stored.py",
+    "errors.py": _PACKAGE / "errors.py",
 }
 
 
