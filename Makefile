@@ -21,7 +21,7 @@ help:  ## what can be made
 
 demo: setup  ## convert a twin, prove it, show the verdict (needs no LAVIS)
 	@mkdir -p outputs
-	@$(BIN)/papermill notebooks/convert.ipynb outputs/$(MODEL).ipynb -p model_name $(MODEL) --log-level WARNING
+	@$(BIN)/python -m blip2nb.run.papermill notebooks/convert.ipynb outputs/$(MODEL).ipynb -p model_name $(MODEL) --log-level WARNING
 	@echo
 	@$(BIN)/blip2nb show $(MODEL)
 	@echo "  notebook  outputs/$(MODEL).ipynb"
@@ -110,7 +110,7 @@ $(BOOK)/source/notebooks/%.ipynb: notebooks/%.ipynb $(wildcard blip2nb/*.py blip
 	@mkdir -p $(@D)
 	@if [ $* = lavis ] && ! $(BIN)/jupyter kernelspec list 2>/dev/null | grep -q '^ *lavis '; then cp $< $@; else \
 		echo "  running   $<"; \
-		$(BIN)/papermill $< $(BOOK)/$*.ipynb -p output_dir $(abspath $(BOOK))/outputs --no-progress-bar --log-level ERROR \
+		$(BIN)/python -m blip2nb.run.papermill $< $(BOOK)/$*.ipynb -p output_dir $(abspath $(BOOK))/outputs --no-progress-bar --log-level ERROR \
 			|| { echo "$< failed; as far as it came it is in $(BOOK)/$*.ipynb" >&2; exit 1; }; \
 		$(BIN)/python -m nbstripout --keep-id --keep-count --keep-output --drop-tagged-cells injected-parameters \
 			$(BOOK)/$*.ipynb && mv $(BOOK)/$*.ipynb $@; fi

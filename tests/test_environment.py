@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from blip2nb.run import kernels
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -74,14 +76,37 @@ def test_lavis_is_unmodified():
     assert bad.strip() == "[]"
 
 
-@pytest.mark.parametrize("path", ["models/lavis.py", "trace/tape.py", "weights/hashing.py"])
+@pytest.mark.parametrize("path", kernels._FILES.values(), ids=kernels._FILES)
 def test_what_travels_to_an_old_environment_is_python_3_8(path):
-    tree = ast.parse((ROOT / "blip2nb" / path).read_text(), feature_version=(3, 8))
-    imported = {node.names[0].name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import)}
-    imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    ours = {"blip2nb", "hashing", "tape"}
-    lavis = {"torch", "safetensors", "lavis", "omegaconf", "transformers", "PIL"}  # the last three are LAVIS's own
-    assert imported - sys.stdlib_module_names - ours <= lavis
+    nodes = list(ast.walk(ast.parse(path.read_text(), feature_version=(3, 8))))
+    imported = {node.names[0].name.split(".")[0] for node in nodes if isinstance(node, ast.Import)}
+    imported |= {node.module.split(".")[0] for node in nodes if isinstance(node, ast.ImportFrom)}
+    ours = {"blip2nb", *(Path(name).stem for name in kernels._FILES)}
+    lavis = {
+        "torch",
+        "numpy",
+        "safetensors",
+        "lavis",
+        "omegaconf",
+        "transformers",
+        "PIL",
+    }  # from omegaconf on, LAVIS's own
+    never_called = {"blake3"}
+    assert imported - sys.stdlib_module_names - ours <= lavis | never_called
+    newer = {
+        "removeprefix",
+        "removesuffix",
+        "cache",
+        "pairwise",
+        "is_relative_to",
+        "bit_count",
+        "strict",
+        "slots",
+        "root_dir",
+    }
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    used |= {node.arg for node in nodes if isinstance(node, ast.keyword)}
+    assert not used & newer
 
 
 def test_the_makefile_runs_what_ci_runs():

@@ -1,14 +1,15 @@
 """Builds LAVIS's own model on given weights and records a tape of what it does.
 
 Runs where LAVIS is installed, which may be an old environment far from this kit: Python 3.8, and nothing but torch,
-lavis, safetensors and the two small files copied beside it (tape.py, hashing.py). Everything that is to be done stands
-in a request, a JSON file that the kit writes:
+lavis, safetensors and the small files copied beside it (see `_FILES` in blip2nb/run/kernels.py). Everything that is to
+be done stands in a request, a JSON file that the kit writes:
 
     python record_lavis.py request.json
 
 LAVIS is used as it is installed. Only how its weights are found and loaded is replaced: its model is built without
-the download and without storage, then filled tensor by tensor from the files, in float32. No forward code is touched;
-on a GPU, where LAVIS would wrap it in autocast, that wrapper is left out, and the tape says so.
+the download and without storage, then filled tensor by tensor from the files, in float32. `torch.load`, which runs code
+below torch 2.6, is never called: the kit's own reader comes along. No forward code is touched; on a GPU, where LAVIS
+would wrap it in autocast, that wrapper is left out, and the tape says so.
 """
 
 import contextlib
@@ -21,16 +22,21 @@ import os
 import sys
 import tempfile
 import time
+from pathlib import Path
 from unittest import mock
 
 import torch
 
-try:
+if __package__:
     from blip2nb.trace.tape import attributes, first_call, recording, save_tape
     from blip2nb.weights.hashing import combine, digest, digest_as
-except ImportError:  # copied to where LAVIS is
+    from blip2nb.weights.stored import Stored
+    from blip2nb.weights.torchfile import Odd, read_torch_file
+else:  # copied to where LAVIS is
     from hashing import combine, digest, digest_as  # type: ignore[no-redef]
+    from stored import Stored  # type: ignore[no-redef]
     from tape import attributes, first_call, recording, save_tape  # type: ignore[no-redef]
+    from torchfile import Odd, read_torch_file  # type: ignore[no-redef]
 
 log = logging.getLogger("blip2nb.lavis")
 
@@ -508,7 +514,7 @@ def _read_folder(folder):
 
 
 def _read(path):
-    """(name, tensor) of one file; what stands under "model" if there is such a key."""
+    """(name, tensor) of one file, memory-mapped where it can be; what stands under "model" if there is such a key."""
     if path.endswith(".safetensors"):
         from safetensors import safe_open
 
@@ -516,15 +522,14 @@ def _read(path):
             for name in file.keys():
                 yield name, file.get_tensor(name)
         return
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (TypeError, RuntimeError):  # an older torch, or an older file
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    content = read_torch_file(Path(path))
     content = content["model"] if isinstance(content.get("model"), dict) else content
-    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in content.items() if isinstance(value, (Stored, Odd))}
     distributed = all(name.startswith("module.") for name in tensors)
     for name, value in tensors.items():
-        yield name[len("module.") :] if distributed else name, value
+        if isinstance(value, Odd):
+            raise ValueError("{}: {} has dtype {}".format(path, name, value.dtype))
+        yield name[len("module.") :] if distributed else name, value.tensor()
 
 
 def _eval_processor(request):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from blip2nb.models import configuration, inputs, lavis
 from blip2nb.models.directory import weights_hash
 from blip2nb.models.files import Opened, open_source, which
 from blip2nb.models.stages import parameter_pairs, stages, token_ids
+from blip2nb.run import sockets
 from blip2nb.run.environment import Lavis
 from blip2nb.runs import new_run
 from blip2nb.trace.stage import places, places_inside
@@ -28,11 +32,15 @@ from blip2nb.weights.mapping import Tied, entries
 _PACKAGE = Path(__file__).resolve().parent.parent
 NOTEBOOK = _PACKAGE.parent / "notebooks" / "lavis.ipynb"
 
-# What travels to where LAVIS is: the recorder, under a name that does not hide the lavis package, and its two helpers
+# What travels to where LAVIS is: the recorder, under a name that does not hide the lavis package, and what it needs
 _FILES = {
     "record_lavis.py": _PACKAGE / "models" / "lavis.py",
+    "attended.py": _PACKAGE / "models" / "attended.py",
     "tape.py": _PACKAGE / "trace" / "tape.py",
     "hashing.py": _PACKAGE / "weights" / "hashing.py",
+    "torchfile.py": _PACKAGE / "weights" / "torchfile.py",
+    "stored.py": _PACKAGE / "weights" / "stored.py",
+    "errors.py": _PACKAGE / "errors.py",
 }
 
 
@@ -184,7 +192,7 @@ def capture(
     if chosen is not None:
         _check_lengths(opened, chosen)
     tape.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="blip2nb-") as name:
+    with _termination_tidies(), tempfile.TemporaryDirectory(prefix="blip2nb-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         request = prepare(folder, opened, source, device, chosen)
         if notebook and environment.kernel is not None and NOTEBOOK.is_file():
@@ -194,10 +202,43 @@ def capture(
         made = folder / "tape.safetensors"
         if not made.is_file():
             raise RequestError(f"{environment.python} ended without a tape. Try it by hand: blip2nb doctor.")
-        arriving = tape.with_name(f"{tape.name}.partial")
+        _bring(made, tape)
+    return Tape(tape)
+
+
+def _bring(made: Path, tape: Path) -> None:
+    arriving = tape.with_name(f"{tape.name}.partial")
+    try:
         shutil.copyfile(made, arriving)
         os.replace(arriving, tape)
-    return Tape(tape)
+    finally:
+        arriving.unlink(missing_ok=True)
+
+
+class _Terminated(SystemExit):
+    """SIGTERM came. An event loop lets only these through."""
+
+
+@contextlib.contextmanager
+def _termination_tidies() -> Iterator[None]:
+    """SIGTERM ends this process as ever, but what is inside ends first: processes go, and files are removed. Where
+    somebody else deals with that signal it is left to them."""
+
+    def terminate(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except _Terminated:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _check_lengths(opened: Opened, chosen: inputs.Chosen) -> None:
@@ -215,24 +256,32 @@ def _check_lengths(opened: Opened, chosen: inputs.Chosen) -> None:
 
 
 def _run_script(where: Lavis, folder: Path, progress: Callable[[str], None]) -> None:
-    command = [str(where.python), "record_lavis.py", "request.json"]
+    """Run the recorder. It does not outlive this call, whatever ends it, nor this process: see attended.py."""
+    command = [str(where.python), "attended.py", "record_lavis.py", "request.json"]
     variables = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    variables["TMPDIR"] = str(folder)  # so that all it leaves goes with the folder
     variables.pop("PYTHONPATH", None)
     last: collections.deque[str] = collections.deque(maxlen=1)
     with subprocess.Popen(
         command,
         cwd=folder,
         env=variables,
+        stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
         errors="replace",
     ) as process:
         assert process.stderr is not None
-        for line in process.stderr:
-            if line.strip():
-                last.append(line.strip())
-                progress(line.strip())
+        try:
+            for line in process.stderr:
+                if line.strip():
+                    last.append(line.strip())
+                    progress(line.strip())
+            process.wait()  # its standard input stays open until then
+        except BaseException:
+            process.kill()
+            raise
     if process.returncode != 0:
         said = last[0] if last else f"exit status {process.returncode}"
         raise RequestError(
@@ -246,7 +295,13 @@ def _run_notebook(output: Path, kernel: str, request: Path) -> None:
 
     try:
         papermill.execute_notebook(
-            str(NOTEBOOK), str(output), parameters={"request": str(request)}, kernel_name=kernel, progress_bar=False
+            str(NOTEBOOK),
+            str(output),
+            parameters={"request": str(request)},
+            kernel_name=kernel,
+            progress_bar=False,
+            config=sockets.config(request.parent),
+            shutdown_kernel="immediate",  # also where it is interrupted: a kernel that computes does not answer
         )
     except PapermillExecutionError as error:
         raise RequestError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import json
+import os
 import queue
 import subprocess
 import tempfile
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from blip2nb.errors import RequestError
 from blip2nb.models.files import Opened
-from blip2nb.run import kernels
+from blip2nb.run import kernels, sockets
 from blip2nb.run.environment import Lavis
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _BUILD = """
 import json, sys
 sys.path.insert(0, {folder!r})
+import attended; attended.attend()
 import torch
 import record_lavis
 from safetensors.torch import load_file, save_file
@@ -64,7 +66,12 @@ class LavisSession:
         self._scratch = tempfile.TemporaryDirectory(prefix="blip2nb-")
         self.folder = Path(self._scratch.name)
         self.source_hash = json.loads(kernels.prepare(self.folder, opened, source).read_text())["source_hash"]
-        self._manager, self._client = _start(environment, self.folder)
+        read, write = os.pipe()
+        self._held = os.fdopen(write, "wb")  # closes with this process, however it ends; the kernel ends with it
+        try:
+            self._manager, self._client = _start(environment, self.folder, read)
+        finally:
+            os.close(read)
         self.connection_file = self._manager.connection_file
         self.at = ""
         atexit.register(self.close)
@@ -126,10 +133,11 @@ class LavisSession:
         self._client.stop_channels()
         if self._manager.has_kernel:
             self._manager.shutdown_kernel(now=True)
+        self._held.close()
         self._scratch.cleanup()
 
 
-def _start(environment: Lavis, folder: Path) -> tuple[Any, Any]:
+def _start(environment: Lavis, folder: Path, stdin: int) -> tuple[Any, Any]:
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import KernelManager
 
@@ -139,8 +147,9 @@ def _start(environment: Lavis, folder: Path) -> tuple[Any, Any]:
     command = [str(environment.python), "-W", "ignore", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     variables = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": ""}
     spec.write_text(json.dumps({"argv": command, "display_name": "LAVIS", "language": "python", "env": variables}))
-    manager = KernelManager(kernel_name="live", kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(specs)]))
-    manager.start_kernel(cwd=str(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    specifications = KernelSpecManager(kernel_dirs=[str(specs)])
+    manager = KernelManager(kernel_name="live", kernel_spec_manager=specifications, **sockets.traits(folder))
+    manager.start_kernel(cwd=str(folder), stdin=stdin, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     client = manager.blocking_client()
     client.start_channels()
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typing import Any, TextIO
 def main() -> None:
     """Execute what standard input asks for."""
     asked = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(asked["sockets"],), daemon=True).start()
     told = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # what anything else prints is no message
     _say(told, **execute(asked, lambda **event: _say(told, **event)))
@@ -28,17 +29,19 @@ def _say(told: TextIO, **event: Any) -> None:
     told.write(json.dumps(event) + "\n")
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(sockets: str) -> None:
     from blip2nb.sweeps.leftovers import end, family
 
     while sys.stdin.readline():
         pass
     end(family(os.getpid())[1:])
+    shutil.rmtree(sockets, ignore_errors=True)
     os._exit(1)
 
 
 def execute(asked: dict[str, Any], say: Callable[..., None]) -> dict[str, Any]:
-    """Run the notebook `asked["input"]` with `asked["parameters"]`, and write it to `asked["output"]` as it goes.
+    """Run the notebook `asked["input"]` with `asked["parameters"]`, and write it to `asked["output"]` as it goes. The
+    kernel's sockets lie in `asked["sockets"]`.
 
     Returns:
         {"done": true}, or {"error": one line, "kind": the exception's name, "traceback": plain text}.
@@ -48,6 +51,8 @@ def execute(asked: dict[str, Any], say: Callable[..., None]) -> dict[str, Any]:
     import nbformat
     import papermill
     from papermill.exceptions import PapermillExecutionError
+
+    from blip2nb.run import sockets
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     headings = _headings(nbformat.read(asked["input"], 4).cells, injected=bool(asked["parameters"]))
@@ -64,6 +69,7 @@ def execute(asked: dict[str, Any], say: Callable[..., None]) -> dict[str, Any]:
             start_timeout=300,  # of a kernel, on a machine that is busy with others
             cwd=asked["folder"] or None,
             on_cell_execute=begins,
+            config=sockets.config(asked["sockets"]),
             shutdown_kernel="immediate",  # the notebook is written: a kernel that tidies up takes a second or two more
         )
     except PapermillExecutionError as error:

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -88,8 +89,9 @@ def run(task: Task, threads: int, say: Callable[..., None], wanted: Callable[[],
     stood = _stands(task, where)
     began = time.monotonic()
     try:
-        process = _start(task, workshop, stood or task.keep_model, threads)
-        said = _attend(task, workshop, process, say, wanted)
+        with tempfile.TemporaryDirectory(prefix="blip2nb-", ignore_cleanup_errors=True) as sockets:
+            process = _start(task, workshop, stood or task.keep_model, threads, sockets)
+            said = _attend(task, workshop, process, say, wanted)
     except _NotWanted:
         shutil.rmtree(workshop, ignore_errors=True)
         return None
@@ -133,7 +135,7 @@ class _NotWanted(Exception):
     """The sweep was stopped, or the run given to another worker."""
 
 
-def _start(task: Task, workshop: Path, keep: bool, threads: int) -> subprocess.Popen:
+def _start(task: Task, workshop: Path, keep: bool, threads: int, sockets: str) -> subprocess.Popen:
     """The notebook's process, told what to do."""
     made = workshop / task.name
     notebook = Path(task.folder, f"{task.notebook}.ipynb")
@@ -145,6 +147,7 @@ def _start(task: Task, workshop: Path, keep: bool, threads: int) -> subprocess.P
         "output": str(made / f"{task.notebook}.ipynb"),
         "folder": task.folder if Path(task.folder).is_dir() else str(workshop),
         "parameters": _injected(task, workshop, keep),
+        "sockets": sockets,  # not in the workshop: their paths may not be long, and not every disk can hold them
     }
     with open(workshop / "log", "wb") as log:
         process = subprocess.Popen(

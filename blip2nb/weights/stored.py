@@ -2,6 +2,8 @@
 
 Everything that is converted, checked or hashed goes through `Stored.pieces`, so that no more than a piece of a tensor
 is in memory at a time, whatever its size.
+
+Travels to where LAVIS is with the recorder: Python 3.8, NumPy, and BLAKE3 only where something is hashed.
 """
 
 from __future__ import annotations
@@ -13,12 +15,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import blake3
 import numpy as np
 
-from blip2nb.errors import RequestError
+if __package__:
+    from blip2nb.errors import RequestError
+else:  # copied to where LAVIS is
+    from errors import RequestError  # type: ignore[no-redef]
 
 if TYPE_CHECKING:
+    import blake3
     import torch
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
@@ -87,9 +92,7 @@ class Stored:
         """The tensor, memory-mapped where its place in the file allows it. Writing to it changes a private copy."""
         import torch
 
-        from blip2nb.weights.hashing import DTYPES
-
-        dtype = DTYPES[self.dtype]
+        dtype = _hashing().DTYPES[self.dtype]
         if self.nbytes == 0:
             return torch.empty(self.shape, dtype=dtype)
         if self.strides is None and self.offset % SIZES[self.dtype] == 0:
@@ -112,7 +115,7 @@ class Stored:
     def _strided(self) -> np.ndarray:
         assert self.strides is not None
         size = SIZES[self.dtype]
-        last = sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
+        last = sum((n - 1) * step for n, step in zip(self.shape, self.strides))
         whole, start = _mapped(self.path, self.offset, (last + 1) * size)
         flat = np.frombuffer(whole, np.dtype(f"u{size}"), last + 1, start)
         return np.lib.stride_tricks.as_strided(flat, self.shape, [step * size for step in self.strides])
@@ -124,6 +127,8 @@ def start_digest(shape: tuple[int, ...]) -> blake3.blake3:
 
     BLAKE3, since a conversion hashes all it reads: SHA-256 takes four times as long, longer than the copying itself.
     """
+    import blake3
+
     return blake3.blake3(repr(tuple(shape)).encode())
 
 
@@ -133,6 +138,8 @@ def end_digest(dtype: str, hasher: blake3.blake3) -> str:
 
 def combine(digests: Mapping[str, str]) -> str:
     """One hash for many digests by name, whatever their order."""
+    import blake3
+
     return blake3.blake3("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
@@ -148,17 +155,14 @@ def digest_as(tensor: torch.Tensor, like: str) -> str | None:
     """The digest of a tensor cast to the dtype that the digest `like` names, or None if that cast would lose bits."""
     import torch
 
-    from blip2nb.weights.hashing import DTYPES
-
-    made = tensor.to(DTYPES[like.split(":", 1)[0]])
+    made = tensor.to(_hashing().DTYPES[like.split(":", 1)[0]])
     return digest_of(made) if torch.equal(made.to(tensor.dtype), tensor) else None
 
 
 def contents(tensor: torch.Tensor) -> tuple[str, memoryview]:
     """A tensor's dtype by safetensors' name, and its bytes in row-major order."""
-    from blip2nb.weights.hashing import DTYPE_NAMES, tensor_bytes
-
-    return DTYPE_NAMES[tensor.dtype], tensor_bytes(tensor)
+    hashing = _hashing()
+    return hashing.DTYPE_NAMES[tensor.dtype], hashing.tensor_bytes(tensor)
 
 
 def cast(piece: memoryview, dtype: str, to: str, room: memoryview | None = None) -> memoryview:
@@ -169,14 +173,13 @@ def cast(piece: memoryview, dtype: str, to: str, room: memoryview | None = None)
     """
     import torch
 
-    from blip2nb.weights.hashing import DTYPES
-
+    dtypes = _hashing().DTYPES
     if room is None:
         room = memoryview(bytearray(len(piece) // SIZES[dtype] * SIZES[to]))
-    values = torch.frombuffer(piece, dtype=DTYPES[dtype])
+    values = torch.frombuffer(piece, dtype=dtypes[dtype])
     if SIZES[dtype] == SIZES[to]:
         values = values.float()  # exact, and five times as fast as from one half precision to the other
-    torch.frombuffer(room, dtype=DTYPES[to]).copy_(values)
+    torch.frombuffer(room, dtype=dtypes[to]).copy_(values)
     return room
 
 
@@ -184,9 +187,7 @@ def largest(piece: memoryview, dtype: str) -> float:
     """The largest magnitude in a buffer of values."""
     import torch
 
-    from blip2nb.weights.hashing import DTYPES
-
-    return float(torch.frombuffer(piece, dtype=DTYPES[dtype]).abs().max())
+    return float(torch.frombuffer(piece, dtype=_hashing().DTYPES[dtype]).abs().max())
 
 
 _NOT_FINITE: dict[
@@ -214,6 +215,15 @@ def count_not_finite(stored: Stored) -> int:
     """How many values are NaN or infinite."""
     unsigned, bits, infinity = _NOT_FINITE[stored.dtype]
     return sum(int((np.frombuffer(piece, unsigned) & unsigned(bits) >= infinity).sum()) for piece in stored.pieces())
+
+
+def _hashing() -> Any:
+    """The module that knows PyTorch's dtypes. To import it is to import PyTorch."""
+    if __package__:
+        from blip2nb.weights import hashing
+    else:
+        import hashing  # type: ignore[no-redef]
+    return hashing
 
 
 def _read(path: Path, offset: int, nbytes: int, size: int, skip: int) -> Iterator[memoryview]:
