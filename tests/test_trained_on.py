@@ -111,7 +111,7 @@ def test_a_training_that_was_resumed_is_refused(command: Callable[..., Outcome],
 
 
 def test_a_coco_model_trained_with_the_tower_frozen(command: Callable[..., Outcome], converted, tmp_path: Path):
-    """LAVIS's recipe for COCO on a small GPU. The tower beneath is eva_vit_g's, interpolated, and not the COCO file's."""
+    """LAVIS's recipe for COCO on a small GPU. The tower is eva_vit_g's, interpolated, and not the COCO file's."""
     model = {"model_type": "caption_coco_opt2.7b", "load_finetuned": False, "freeze_vit": True, "image_size": 364}
     path = trainers(tmp_path, part(COCO, *QFORMER), model)
     refused(command, path, "load_finetuned: False (default of caption_coco_opt2.7b: True)")
