@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import io
 import itertools
 import json
@@ -38,7 +39,7 @@ class Notebook:
     text: str = dataclasses.field(repr=False)
     parameters: Mapping[str, Parameter] = dataclasses.field(repr=False)
 
-    @property
+    @functools.cached_property
     def declared(self) -> dict[str, Value]:
         """Each parameter's own value."""
         return {name: parameter.default for name, parameter in self.parameters.items()}
@@ -80,13 +81,13 @@ def open_notebook(name: str | Path) -> Notebook:
         cells = json.loads(text)["cells"]
         tagged = next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", ()))
         declared = {name: one for name, one in parameters("".join(tagged["source"])).items() if one.expression}
-        found = Notebook(path.resolve(), text, declared)
-        found.declared  # which raises ValueError where a value is no plain one
+        for one in declared.values():
+            _ = one.default  # which raises ValueError where it is no plain value
     except (ValueError, KeyError, TypeError, StopIteration, SyntaxError) as error:
         raise RequestError(
             f'{path} should be a notebook with a cell tagged "parameters" that assigns plain values; there is none.'
         ) from error
-    return found
+    return Notebook(path.resolve(), text, declared)
 
 
 def expand(
