@@ -48,7 +48,7 @@ CASES: list[tuple[str, Any, Any]] = [
     ("model_name: str = 'a'", "", ""), ("model_name: str = 'a'", None, "a"), ("model_name: str = 'a'", "null", "a"),
 ]  # fmt: skip
 REFUSED: list[tuple[str, Any, str]] = [
-    ("x: bool = True", "flase", "x should be true or false, found 'flase'."),
+    ("x: bool = True", "perhaps", "x should be true or false, found 'flase'."),
     ("x: bool = True", 2, "x should be true or false, found 2."),
     ("x: bool = True", 1.0, "x should be true or false, found 1.0."),
     ("x: bool = True", [], "x should be true or false, found []."),
@@ -147,7 +147,7 @@ def test_what_says_nothing_is_as_if_not_given(shell: InteractiveShell, tmp_path:
     assert {name: found[name] for name in declared} == declared
 
 
-@pytest.mark.parametrize("given", [("-p", "overwrite", "flase"), ("-p", "run_name", "1e5"), ("-y", "dtype: [auto]")])
+@pytest.mark.parametrize("given", [("-p", "overwrite", "perhaps"), ("-p", "run_name", "1e5"), ("-y", "dtype: [auto]")])
 def test_a_notebook_refuses_before_anything_runs(shell: InteractiveShell, tmp_path: Path, given: tuple[str, ...]):
     cells = cells_of(ROOT / "notebooks" / "convert.ipynb", tmp_path, *given)
     with pytest.raises(RequestError, match=r"^(overwrite|run_name|dtype) should be \S+.*found"):
