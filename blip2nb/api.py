@@ -347,6 +347,7 @@ def verify(
     Raises:
         RequestError: the request is wrong, among others: `both` without a way to a tape.
     """
+    from blip2nb.models.files import refuse_wrong_base
     from blip2nb.models.inputs import choose
     from blip2nb.models.verify import verify as prove
     from blip2nb.run import reference
@@ -361,6 +362,7 @@ def verify(
     if output:
         run = dataclasses.replace(run, folder=Path(output).expanduser().resolve())
     manifest = Manifest.read(run.model)
+    refuse_wrong_base(variant(manifest.model), source or run.source, base or run.base)
     if (images or texts) and proof == "weights":
         raise RequestError("--images and --text show both models something; --proof weights runs neither.")
     token = _hub_token(push_to_hub)

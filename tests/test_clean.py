@@ -499,20 +499,20 @@ def test_the_notebook_keeps_the_report_alone_and_the_model_can_be_made_again(tmp
     papermill = Path(sys.executable).parent / "papermill"
     command = [papermill, "convert.ipynb", tmp_path / "out.ipynb", "-p", "output_dir", tmp_path]
     done = subprocess.run(
-        [*map(str, command), "-p", "keep_model", "False"],
+        [*map(str, command), "-p", "keep_model", "false", "-p", "run_name", "2024"],
         cwd=ROOT / "notebooks", capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-1500:]
     left = {"report.json", "arrays.safetensors", "report.html", "figures"}
-    assert {path.name for path in (tmp_path / TWIN).iterdir()} == left
-    report = json.loads((tmp_path / TWIN / "report.json").read_text())
+    assert {path.name for path in (tmp_path / "2024").iterdir()} == left
+    report = json.loads((tmp_path / "2024" / "report.json").read_text())
     assert report["verdict"] == "explained"
     cells = [cell for cell in nbformat.read(tmp_path / "out.ipynb", 4).cells if cell.cell_type == "code"]
     said = ["".join(output.get("text", "") for output in cell.outputs) for cell in cells]
-    assert any(f"wrote {tmp_path / TWIN / 'model'}" in text for text in said)
+    assert any(f"wrote {tmp_path / '2024' / 'model'}" in text for text in said)
     assert "the converted model was removed" in said[-2]
     assert cells[-1].source.startswith("assert ")
-    again = api.convert(TWIN, output_dir=tmp_path)
+    again = api.convert(TWIN, output_dir=tmp_path, run_name="2024")
     assert Manifest.read(again.model).weights_hash == report["weights"]["weights_hash"]
 
 

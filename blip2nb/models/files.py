@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from blip2nb.errors import RequestError
+from blip2nb.models import trained_on
 from blip2nb.models.configuration import read_language_config
 from blip2nb.models.fit import configured, told_by, with_language, with_sizes
 from blip2nb.variants import Variant, variant
@@ -91,7 +93,9 @@ def find_files(variant: Variant, source: str | Path = "", base: str | Path = "")
     if source and path.is_dir():
         if base:
             raise RequestError(f"--source {path} is a whole model, so there is nothing to lay over a --base.")
-        return _in_folder(path, variant, "--source")
+        files = _in_folder(path, variant, "--source")
+        _check_whole(variant, files.checkpoints[0])
+        return files
     if source and not path.is_file():
         raise RequestError(f"--source {path} does not exist. Expected a folder in the released layout or a checkpoint.")
     if not source:
@@ -99,8 +103,55 @@ def find_files(variant: Variant, source: str | Path = "", base: str | Path = "")
     tensors, config = (open_file(path), {}) if path.suffix == ".safetensors" else open_checkpoint(path)
     expected = configured(variant, config)
     check_part(expected, shapes(tensors), str(path))  # before gigabytes are fetched for it
+    wrong = "" if base else wrong_base(expected, path, config, tensors)
+    if wrong:
+        raise RequestError(wrong)
     files = _named_base(expected, base) if base else _own_base(expected)
     return dataclasses.replace(files, checkpoints=(*files.checkpoints, path))
+
+
+def wrong_base(variant: Variant, checkpoint: Path, config: Mapping[str, Any], held: Collection[str]) -> str:
+    """Why a checkpoint cannot be laid over the variant's own files, and what to do; "" if it can."""
+    words = trained_on.wrong_base(variant, config, held)
+    return words and (
+        f"{checkpoint} was trained with {words}, so what it was trained on may not be the released files of "
+        f"{variant.name}. Pass what it was trained on with --base: a folder in the released layout, or a converted "
+        "directory."
+    )
+
+
+def refuse_wrong_base(variant: Variant, source: str | Path, base: str | Path) -> None:
+    """Refuse the source of an earlier conversion if it would be refused today. One that is gone or being written is not
+    looked at.
+
+    Raises:
+        RequestError: it is a checkpoint that cannot be laid over the variant's own files, and there is no base.
+    """
+    path = Path(source).expanduser()
+    if base or not path.is_file() or path.suffix == ".safetensors":
+        return
+    try:
+        tensors, config = open_checkpoint(path)
+    except RequestError:
+        return
+    wrong = wrong_base(variant, path, config, tensors)
+    if wrong:
+        raise RequestError(wrong)
+
+
+def _check_whole(variant: Variant, checkpoint: Path) -> None:
+    """Of a trainer's checkpoint under the name of a released one: a folder is taken as it is, as a --base would be, but
+    for a fine-tuned file that is certainly not in it."""
+    tensors, config = open_checkpoint(checkpoint)
+    words = trained_on.in_words(variant, config)
+    if words:
+        log.warning("%s was trained with %s; its folder is taken as all that it was trained on", checkpoint, words)
+    lacking = trained_on.lacks(variant, config, tensors)
+    if lacking:
+        raise RequestError(
+            f"{checkpoint} lacks {lacking[0]} and {len(lacking) - 1} more tensors of the released fine-tuned file that "
+            "it was trained on, which its folder cannot hold as well. Pass the checkpoint itself with --source."
+        )
 
 
 def _named_base(variant: Variant, base: str | Path) -> Files:

@@ -28,7 +28,7 @@ def told_by(path: Path) -> Variant:
         RequestError: it does not say, or it is none of those that can be converted.
     """
     tensors, config = open_checkpoint(path)
-    model = _model_config(config)
+    model = model_config(config)
     if not model:
         raise RequestError(
             f"{path} does not say which model it was trained from, as a file of LAVIS's trainer does. "
@@ -57,7 +57,7 @@ def configured(variant: Variant, config: Mapping[str, Any]) -> Variant:
     Args:
         config: as LAVIS's trainer writes it, or the "model" part of it.
     """
-    model = _model_config(config)
+    model = model_config(config)
     out = variant
     if isinstance(model.get("image_size"), int):
         out = dataclasses.replace(out, image_size=model["image_size"])
@@ -66,12 +66,13 @@ def configured(variant: Variant, config: Mapping[str, Any]) -> Variant:
     if isinstance(model.get("prompt"), str):
         out = dataclasses.replace(out, prompt=model["prompt"])
     language = model.get(f"{variant.language.kind}_model")
-    if isinstance(language, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", language) and ".." not in language:
+    if isinstance(language, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", language) and ".." not in language:
         out = dataclasses.replace(out, language_model=language)
     return out
 
 
-def _model_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def model_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The "model" part of a training's configuration, or the whole where there are no parts."""
     model = config.get("model", config)
     return model if isinstance(model, Mapping) else {}
 
@@ -180,8 +181,8 @@ def with_sizes(variant: Variant, source: Assembled, where: Path) -> Variant:
         queries = found["query_tokens"][1]
         out = dataclasses.replace(out, qformer=dataclasses.replace(out.qformer, queries=queries))
     for config in source.configs:
-        if _model_config(config):
-            _refuse_foreign(_model_config(config), where)
+        if model_config(config):
+            _refuse_foreign(model_config(config), where)
             told = configured(out, config)
             out = dataclasses.replace(out, prompt=told.prompt, image_size=told.image_size)
     if out.image_size % out.vision.patch:

@@ -12,7 +12,7 @@ from typing import Any
 
 from blip2nb.errors import RequestError
 from blip2nb.models.directory import free_space
-from blip2nb.models.files import Opened, open_source
+from blip2nb.models.files import Opened, open_source, wrong_base
 from blip2nb.models.fit import configured
 from blip2nb.variants import Variant
 from blip2nb.weights.convert import CASTS, KEPT_IN_FLOAT32, target_slots
@@ -128,9 +128,10 @@ def preview(
     Raises:
         RequestError: what is here does not belong together, or a named path does not exist.
     """
-    named = _expected(wanted, source)
+    named, wrong = _expected(wanted, source, base)
     parts = [] if wanted.twin or _whole_source(source) or base else locate(named)
-    if all(part.here for part in parts):
+    exact = not wrong and all(part.here for part in parts)
+    if exact:
         opened = open_source(wanted, source, base)
         slots = target_slots(opened.plan(), opened.tensors, dtype)
         named, reads = opened.variant, _found(opened, parts)
@@ -147,7 +148,7 @@ def preview(
         model=named.name,
         output=str(output),
         dtype=dtype,
-        exact=all(part.here for part in parts),
+        exact=exact,
         reads=reads,
         writes=writes,
         shards=len(shard(slots, parse_size(max_shard_size))),
@@ -161,7 +162,7 @@ def preview(
         memory_proving=memory_proving(named),
         memory_here=machine_memory(),
     )
-    return dataclasses.replace(out, problems=tuple(_problems(out)))
+    return dataclasses.replace(out, problems=(*([wrong] if wrong else []), *_problems(out)))
 
 
 def _problems(plan: Preview) -> list[str]:
@@ -189,14 +190,18 @@ def _whole_source(source: str | Path) -> bool:
     return bool(source) and Path(source).expanduser().is_dir()
 
 
-def _expected(wanted: Variant, source: str | Path) -> Variant:
-    """The variant with what a checkpoint's training says of it."""
+def _expected(wanted: Variant, source: str | Path, base: str | Path) -> tuple[Variant, str]:
+    """The variant with what a checkpoint's training says of it, and why its own files cannot complete it, if so."""
     path = Path(source).expanduser()
     if not source or path.is_dir():
-        return wanted
+        return wanted, ""
     if not path.is_file():
         raise RequestError(f"--source {path} does not exist. Expected a folder in the released layout or a checkpoint.")
-    return wanted if path.suffix == ".safetensors" else configured(wanted, open_checkpoint(path)[1])
+    if path.suffix == ".safetensors":
+        return wanted, ""
+    tensors, config = open_checkpoint(path)
+    named = configured(wanted, config)
+    return named, "" if base else wrong_base(named, path, config, tensors)
 
 
 def _found(opened: Opened, parts: list[Part]) -> tuple[Reading, ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import io
 import itertools
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2nb.errors import RequestError
-from blip2nb.notebook import assignments, refuse_undeclared
+from blip2nb.notebook import Parameter, is_given, parameters, refuse_undeclared, typed
 from blip2nb.variants import VARIANTS
 
 Value = str | int | float | bool
@@ -26,16 +26,23 @@ CHECKPOINTS = (".pth", ".pt", ".bin", ".safetensors")
 OWN = ("run_name", "output_dir", "keep_model")
 """What the sweep itself gives to a notebook that declares it."""
 
+_RUN_NAME = Parameter("run_name", str, '""')
+
 _NOTEBOOKS = Path(__file__).resolve().parent.parent.parent / "notebooks"
 
 
 @dataclasses.dataclass(frozen=True)
 class Notebook:
-    """A notebook to run: where it is, its text, and the parameters that its tagged cell declares, with their values."""
+    """A notebook to run: where it is, its text, and the parameters that its tagged cell declares."""
 
     path: Path
     text: str = dataclasses.field(repr=False)
-    declared: Mapping[str, Value] = dataclasses.field(repr=False)
+    parameters: Mapping[str, Parameter] = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def declared(self) -> dict[str, Value]:
+        """Each parameter's own value."""
+        return {name: parameter.default for name, parameter in self.parameters.items()}
 
     @property
     def name(self) -> str:
@@ -73,9 +80,9 @@ def open_notebook(name: str | Path) -> Notebook:
     try:
         cells = json.loads(text)["cells"]
         tagged = next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", ()))
-        declared = {
-            name: ast.literal_eval(value) for name, value in assignments("".join(tagged["source"])) if value is not None
-        }
+        declared = {name: one for name, one in parameters("".join(tagged["source"])).items() if one.expression}
+        for one in declared.values():
+            _ = one.default  # which raises ValueError where it is no plain value
     except (ValueError, KeyError, TypeError, StopIteration, SyntaxError) as error:
         raise RequestError(
             f'{path} should be a notebook with a cell tagged "parameters" that assigns plain values; there is none.'
@@ -168,7 +175,7 @@ def _read_list(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for row in found:
         row = {name: _beside(path.parent, name, value) for name, value in row.items()}
-        several = _rows(row["model_name"]) if row.get("model_name") else [{}]
+        several = _rows(str(row["model_name"])) if row.get("model_name") else [{}]
         rows += [row | one for one in several]
     return rows
 
@@ -197,11 +204,11 @@ def _read_yaml(path: Path, text: str) -> list[dict[str, Any]]:
         raise RequestError(
             f"{path} should be a list of runs: of names of models, or of mappings from a parameter to a plain value."
         )
-    return rows
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool)
+    return value is None or isinstance(value, str | int | float | bool)
 
 
 def _beside(folder: Path, name: str, value: Any) -> Any:
@@ -216,10 +223,11 @@ def _combinations(notebook: Notebook, given: Mapping[str, Any], grid: Mapping[st
     if "model_name" in given and "model_name" not in notebook.declared:
         raise RequestError(f"{notebook.name} takes no model; name it in a list of runs, by its parameters.")
     given = dict(given)
-    name = str(given.pop("run_name", ""))
+    name = typed(_RUN_NAME, given.pop("run_name", ""))
     refuse_undeclared([one for one in notebook.declared if one not in OWN], [*given, *grid])
-    fixed = {one: _typed(notebook, one, value) for one, value in given.items()}
-    axes = [[(one, _typed(notebook, one, value)) for value in values] for one, values in grid.items()]
+    of = notebook.parameters
+    fixed = {one: typed(of[one], value) for one, value in given.items() if is_given(of[one], value)}
+    axes = [[(one, typed(of[one], value)) for value in values] for one, values in grid.items()]
     several = {one for one, values in grid.items() if len(values) > 1}
     name = name or _name_of(notebook, fixed)
     runs = []
@@ -228,22 +236,6 @@ def _combinations(notebook: Notebook, given: Mapping[str, Any], grid: Mapping[st
         run = Asked(_checked(name + tail), notebook, fixed | dict(point))
         runs.append(run)
     return runs
-
-
-def _typed(notebook: Notebook, name: str, value: Any) -> Value:
-    """A value as the notebook's own is: text from the command line or a table is read as such."""
-    kind = type(notebook.declared[name])
-    try:
-        if kind is bool and not isinstance(value, bool):
-            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(value).lower()]
-        if kind is int and isinstance(value, float | bool):
-            raise ValueError
-        return kind(value)
-    except (ValueError, KeyError) as error:
-        raise RequestError(f"{name} should be {_KINDS.get(kind, kind.__name__)}, found {value!r}.") from error
-
-
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def _name_of(notebook: Notebook, parameters: Mapping[str, Value]) -> str:
