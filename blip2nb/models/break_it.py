@@ -287,7 +287,7 @@ def write(fault: Fault, folder: Path, target: Target, seed: int = 0) -> None:
         return
     shards = {name: path for path in sorted(folder.glob("*.safetensors")) for name in _names(path)}
     before: dict[str, torch.Tensor] = {}
-    for path in {shards[name] for name in target.names}:
+    for path in sorted({shards[name] for name in target.names}):
         with safe_open(path, framework="pt") as file:
             before |= {name: file.get_tensor(name) for name in target.names if shards[name] == path}
     changed = fault.changed(before, target, seed)

@@ -1014,7 +1014,7 @@ def attribute_differences(
     out = []
     for stage, path, other in pairs:
         theirs, ours = reference.get(path, {}), own.get(other, {})
-        for name in theirs.keys() & ours.keys() - _IRRELEVANT:
+        for name in sorted(theirs.keys() & ours.keys() - _IRRELEVANT):  # a set's order is another in each process
             if theirs[name] != ours[name]:
                 out.append(AttributeDifference(stage, other, name, theirs[name], ours[name]))
     return out
