@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from blip2nb import resources
 from blip2nb.errors import RequestError
 from blip2nb.models.directory import free_space
 from blip2nb.models.files import Opened, open_source
@@ -159,7 +159,7 @@ def preview(
         memory_float32=total * 4,
         memory_half=total * 2,
         memory_proving=memory_proving(named),
-        memory_here=machine_memory(),
+        memory_here=resources.memory(),
     )
     return dataclasses.replace(out, problems=tuple(_problems(out)))
 
@@ -263,15 +263,3 @@ def memory_proving(model: Variant) -> int:
     """Bytes of memory that comparing a model's behaviour takes, beside the imports: its weights in float32, and a
     quarter more for activations and the widest layer twice."""
     return parameter_count(model) * 5
-
-
-def machine_memory() -> int:
-    """Bytes of memory this machine has, or this container may use; 0 where that cannot be told."""
-    try:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 0
-    try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit: "max"
-        return total

@@ -6,9 +6,10 @@ import logging
 import shlex
 from pathlib import Path
 
+from blip2nb import resources
 from blip2nb.errors import RequestError
 from blip2nb.models.inputs import Chosen, demo_hash
-from blip2nb.models.preview import machine_memory, memory_proving
+from blip2nb.models.preview import memory_proving
 from blip2nb.models.stages import stages
 from blip2nb.run.environment import Lavis, find_lavis
 from blip2nb.runs import Run
@@ -107,7 +108,7 @@ def can_compare(proof: str, manifest: Manifest) -> bool:
 
 def memory_short(model: Variant) -> str:
     """A sentence when this machine cannot hold the model in float32, as both sides are compared; else ""."""
-    needed, total = memory_proving(model), machine_memory()
+    needed, total = memory_proving(model), resources.memory()
     if not total or needed <= 0.9 * total:  # where it cannot be told: try and see
         return ""
     return f"Running {model.name} in float32 takes {needed / 1e9:.0f} GB of memory; this machine has {total / 1e9:.0f}."

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2nb.errors import RequestError
+from blip2nb.resources import cores
 from blip2nb.sweeps import worker
 from blip2nb.sweeps.asked import Asked
 from blip2nb.sweeps.identity import key_of
@@ -204,9 +205,9 @@ def _cluster(scheduler: str, workers: int, runs: int) -> Iterator[tuple[distribu
         with cluster.remote(scheduler) as client:
             yield client, 0
     else:
-        cores = cluster.cores()
-        with cluster.local(min(workers or cores, runs)) as client:
-            yield client, cores
+        here = cores()
+        with cluster.local(min(workers or here, runs)) as client:
+            yield client, here
 
 
 def _make(client: distributed.Client, cores: int, todo: Sequence[tuple[Asked, Task]]) -> Iterator[dict[str, Any]]:

@@ -19,11 +19,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from blip2nb.resources import CORES
 from blip2nb.sweeps.leftovers import end, end_leftovers, family, note_processes
 from blip2nb.sweeps.place import FAILED, RECORD, Place, place, relocate
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", CORES)
 _LOOK = 0.5  # seconds between two looks at the clock, and at whether the run is still wanted
 
 
@@ -75,7 +76,7 @@ def run(task: Task, threads: int, say: Callable[..., None], wanted: Callable[[],
     """Execute a task and put what it leaves in its place.
 
     Args:
-        threads: for the libraries' arithmetic.
+        threads: for the libraries' arithmetic, and for copying: its share of the machine.
         say: told of each cell as it begins: `cell`, `of`, `title`.
         wanted: asked now and then; where it says no, everything is ended and nothing is left.
 
