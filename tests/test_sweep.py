@@ -192,7 +192,8 @@ REAL = ("right", {"label": "wrong", "broken": True}, {"label": "half", "proof": 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
     """A sweep of real conversions, one of them wrong, in a folder where one was converted by hand before."""
-    folder = tmp_path_factory.mktemp("verdicts")
+    folder = tmp_path_factory.mktemp("verdicts") / "für's Ganze"
+    folder.mkdir()
     probe = Probe(folder)
     probe.write(BROKEN)
     notebook = nbformat.read(probe.path, 4)

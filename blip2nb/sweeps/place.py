@@ -7,8 +7,10 @@ be recognised later, `sweep.json`, is part of it.
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -242,9 +244,20 @@ def relocate(run: Path, workshop: Path, address: str) -> None:
     """Have a run say of itself where it will lie, and not where it was made."""
     for path in (*run.glob("*.ipynb"), run / "report.json"):
         if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            if str(workshop) in text:
-                path.write_text(text.replace(str(workshop), address), encoding="utf-8")
+            text = moved = path.read_text(encoding="utf-8")
+            for here, there in zip(_as_written(str(workshop)), _as_written(address), strict=True):
+                moved = moved.replace(here, there)
+            if moved != text:
+                path.write_text(moved, encoding="utf-8")
+
+
+def _as_written(path: str) -> list[str]:
+    """How a path may stand in a JSON file: as it is, in a shell's quotes, in HTML, or as papermill writes a parameter;
+    and each of these with its letters beyond ASCII as they are, or escaped."""
+    quoted = path.replace("'", shlex.quote("'")[1:-1])
+    parameter = path.encode("unicode_escape").decode().replace('"', '\\"')
+    forms = (path, quoted, html.escape(path), html.escape(quoted), parameter)
+    return [json.dumps(one, ensure_ascii=escaped)[1:-1] for one in forms for escaped in (True, False)]
 
 
 def _settle(run: Path, record: Mapping[str, Any]) -> None:
