@@ -21,6 +21,7 @@ from blip2nb.errors import RequestError
 from blip2nb.runs import outputs_folder
 from blip2nb.sweeps.leftovers import end_leftovers
 from blip2nb.weights.writer import sync
+from blip2nb.whole import write_whole
 
 RECORD = "sweep.json"
 HIDDEN = ".sweep"
@@ -87,7 +88,7 @@ class Folder:
                     (hidden / "lock").unlink()
         except Timeout as error:
             raise RequestError(
-                f"Another sweep is writing to {self.root}. Wait for it, or name another folder with --output."
+                f"Another sweep is writing to {self.root}. Wait for it, or name another folder as output."
             ) from error
         finally:
             with contextlib.suppress(OSError):  # something was left for the next sweep to go on with
@@ -104,7 +105,10 @@ class Folder:
                 shutil.rmtree(path)
 
     def records(self) -> dict[str, dict[str, Any]]:
-        return {path.parent.name: json.loads(path.read_text()) for path in sorted(self.root.glob(f"*/{RECORD}"))}
+        return {
+            path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(self.root.glob(f"*/{RECORD}"))
+        }
 
     def read(self, path: str) -> bytes | None:
         file = self.root / path
@@ -141,9 +145,7 @@ class Folder:
 
     def write(self, texts: Mapping[str, str]) -> None:
         for name, text in texts.items():
-            beside = self.root / f"{name}.partial"
-            beside.write_text(text, encoding="utf-8", newline="\n")
-            os.replace(beside, self.root / name)
+            write_whole(self.root / name, text)
 
 
 class Address:
@@ -157,10 +159,10 @@ class Address:
         try:
             self._files, self._root = fsspec.core.url_to_fs(self.address)
         except (ValueError, ImportError, OSError) as error:
-            raise RequestError(f"--output {_without_password(address)} cannot be written to: {error}") from error
+            raise RequestError(f"output {_without_password(address)} cannot be written to: {error}") from error
         if "@" in address.split("://", 1)[1].split("/")[0] and ":" in address.split("://", 1)[1].split("@")[0]:
             raise RequestError(
-                f"--output {_without_password(address)} holds a password, and would be kept in notebooks. Leave it "
+                f"output {_without_password(address)} holds a password, and would be kept in notebooks. Leave it "
                 "out and give it to fsspec: in its configuration, or in the environment."
             )
 
@@ -234,8 +236,6 @@ def _same(source: Path, target: Path) -> None:
 
     if source.is_dir():
         shutil.copytree(source, target, copy_function=link)
-    elif source.name == "run.json":
-        shutil.copy2(source, target)  # which is written in place
     else:
         link(str(source), str(target))
 
