@@ -89,7 +89,7 @@ def _processor(size: Size, language: Path) -> Any:
 
 def _configuration(size: Size, source: Path, tokenizer: Any) -> dict[str, Any]:
     vision, qformer = size.variant.vision, size.variant.qformer
-    text = json.loads((source / size.variant.language_folder / "config.json").read_text())
+    text = json.loads((source / size.variant.language_folder / "config.json").read_text(encoding="utf-8"))
     text.pop("torch_dtype")
     return {
         "dtype": "float32",

@@ -47,7 +47,7 @@ def file_system(folder: Path) -> str:
     """The kind of file system `folder` lies on, such as ext4."""
     path = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     mounts: dict[str, str] = {}
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
         before, after = line.split(" - ", 1)
         mounts[before.split()[4]] = after.split()[0]
     return next(mounts[str(parent)] for parent in (path, *path.parents) if str(parent) in mounts)
@@ -55,5 +55,5 @@ def file_system(folder: Path) -> str:
 
 def _cpu_model() -> str:
     """The model's name, where the processor tells it; else the architecture's."""
-    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     return match.group(1).strip() if match else platform.machine()

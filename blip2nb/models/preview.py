@@ -171,12 +171,12 @@ def _problems(plan: Preview) -> list[str]:
         more = f" beside the {gigabytes(same_disk)} to fetch" if same_disk else ""
         out.append(
             f"Too little disk: {plan.output} needs {gigabytes(plan.writes)}{more}, and {gigabytes(plan.disk_free)} are "
-            "free there. Make room, or name an --output on another disk."
+            "free there. Make room, or name an output on another disk."
         )
     elif plan.fetch_free < plan.fetch_bytes:
         out.append(
             f"Too little disk: {gigabytes(plan.fetch_bytes)} are to be fetched, and {gigabytes(plan.fetch_free)} are "
-            "free in the caches. Make room, or fetch the files elsewhere and give them with --source."
+            "free in the caches. Make room, or fetch the files elsewhere and give them as source."
         )
     return out
 
@@ -195,7 +195,7 @@ def _expected(wanted: Variant, source: str | Path) -> Variant:
     if not source or path.is_dir():
         return wanted
     if not path.is_file():
-        raise RequestError(f"--source {path} does not exist. Expected a folder in the released layout or a checkpoint.")
+        raise RequestError(f"source {path} does not exist. Expected a folder in the released layout or a checkpoint.")
     return wanted if path.suffix == ".safetensors" else configured(wanted, open_checkpoint(path)[1])
 
 

@@ -74,7 +74,7 @@ def _disk() -> Finding:
     free = shutil.disk_usage(place).free
     fine = free > 20e9
     advice = (
-        "" if fine else "A full-size conversion writes 8 to 25 GB beside what it reads; use --output on another disk."
+        "" if fine else "A full-size conversion writes 8 to 25 GB beside what it reads; use an output on another disk."
     )
     return Finding("disk", f"{free / 1e9:.0f} GB free at {place}", fine, advice=advice)
 

@@ -71,7 +71,7 @@ def given_tape(path: Path, manifest: Manifest, chosen: Chosen | None = None) -> 
             f"{again}"
         )
     if chosen is not None and tape.metadata["inputs_hash"] != chosen.inputs_hash(manifest.model_variant):
-        raise RequestError(f"{path} was recorded on other images or texts. Leave --images and --text out, or --tape.")
+        raise RequestError(f"{path} was recorded on other images or texts. Leave out images and texts, or the tape.")
     unrecorded = _unrecorded(tape, manifest)
     if unrecorded:
         raise RequestError(f"{path} is of an older version: nothing is recorded for {unrecorded[0]}. {again}")
@@ -100,7 +100,7 @@ def can_compare(proof: str, manifest: Manifest) -> bool:
         return False
     short = memory_short(manifest.model_variant)
     if short and proof == "both":
-        raise RequestError(f"{short} Use a larger machine, or --proof weights.")
+        raise RequestError(f"{short} Use a larger machine, or proof weights.")
     if short:
         log.info("%s Proving the weights alone.", short)
     return not short
@@ -120,7 +120,7 @@ def require_lavis(lavis_python: str | Path, model: Variant) -> Lavis:
     if lavis is None:
         raise RequestError(
             f"Recording {model.name} needs an environment with LAVIS, and none was found: no kernel `lavis`, no "
-            ".venv-lavis. Make one with `make lavis`, or name yours with --lavis-python."
+            ".venv-lavis. Make one with `make lavis`, or name yours as lavis_python."
         )
     return lavis
 

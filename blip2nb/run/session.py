@@ -63,7 +63,9 @@ class LavisSession:
         """Raises RequestError: the environment has no ipykernel, or LAVIS cannot build the model."""
         self._scratch = tempfile.TemporaryDirectory(prefix="blip2nb-")
         self.folder = Path(self._scratch.name)
-        self.source_hash = json.loads(kernels.prepare(self.folder, opened, source).read_text())["source_hash"]
+        self.source_hash = json.loads(kernels.prepare(self.folder, opened, source).read_text(encoding="utf-8"))[
+            "source_hash"
+        ]
         self._manager, self._client = _start(environment, self.folder)
         self.connection_file = self._manager.connection_file
         self.at = ""
@@ -138,7 +140,9 @@ def _start(environment: Lavis, folder: Path) -> tuple[Any, Any]:
     spec.parent.mkdir(parents=True)
     command = [str(environment.python), "-W", "ignore", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     variables = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": ""}
-    spec.write_text(json.dumps({"argv": command, "display_name": "LAVIS", "language": "python", "env": variables}))
+    spec.write_text(
+        json.dumps({"argv": command, "display_name": "LAVIS", "language": "python", "env": variables}), encoding="utf-8"
+    )
     manager = KernelManager(kernel_name="live", kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(specs)]))
     manager.start_kernel(cwd=str(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     client = manager.blocking_client()

@@ -159,7 +159,7 @@ def seconds(text: str | float) -> float:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d)?", str(text or 0).strip())
     if found is None:
-        raise RequestError(f"--timeout should be a time such as 90s, 15min or 2h, found {text!r}.")
+        raise RequestError(f"timeout should be a time such as 90s, 15min or 2h, found {text!r}.")
     return float(found[1]) * {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}[found[2] or "s"]
 
 

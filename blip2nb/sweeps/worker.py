@@ -191,7 +191,11 @@ def _attend(
             process.stdin.close()  # type: ignore[union-attr]
     if "done" in said or "error" in said:
         return said
-    return {"error": _died(status), "kind": "Died", "traceback": (workshop / "log").read_text(errors="replace")[-4000:]}
+    return {
+        "error": _died(status),
+        "kind": "Died",
+        "traceback": (workshop / "log").read_text(errors="replace", encoding="utf-8")[-4000:],
+    }
 
 
 def _watch(
@@ -217,7 +221,7 @@ def _watch(
         if not wanted():
             raise _NotWanted
         if time.monotonic() > deadline:
-            return {"error": f"Not finished after {duration(task.timeout)}, and ended: --timeout.", "kind": "Timeout"}
+            return {"error": f"Not finished after {duration(task.timeout)}, and ended: timeout.", "kind": "Timeout"}
 
 
 def _read(pipe: Any, lines: queue.Queue[bytes | None]) -> None:
@@ -246,14 +250,14 @@ def _judge(task: Task, made: Path, said: Mapping[str, Any]) -> dict[str, Any]:
     and the report in words."""
     verdict = ""
     if (made / "report.json").is_file():
-        verdict = json.loads((made / "report.json").read_text())["verdict"]
+        verdict = json.loads((made / "report.json").read_text(encoding="utf-8"))["verdict"]
     found = "done" in said or (verdict == "diverges" and said.get("kind") == "AssertionError")
     if found:
         return task.outcome("finished", verdict=verdict, folder=task.name)
     error = _ANSI.sub("", said["error"])
     kind = said["kind"]
     if kind == "DeadKernelError":
-        error = "The notebook's kernel died: often that is a lack of memory. Fewer --workers need less."
+        error = "The notebook's kernel died: often that is a lack of memory. Fewer workers need less."
     elif kind not in ("RequestError", "Timeout", "Died") and not error.startswith(kind):
         error = f"{kind}: {error}"
     traceback = _ANSI.sub("", said.get("traceback", ""))
