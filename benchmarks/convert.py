@@ -83,7 +83,7 @@ class Bench:
         self.outputs.mkdir()
         os.sync()
         if self.drop_caches:
-            Path("/proc/sys/vm/drop_caches").write_text("3")
+            Path("/proc/sys/vm/drop_caches").write_text("3", encoding="utf-8")
         else:
             _read_through(self.source)
 

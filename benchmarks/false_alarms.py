@@ -92,7 +92,7 @@ def main() -> None:
                 print(f"{job.name}: {time.monotonic() - took:.1f} s", flush=True)
         system = machine.describe_machine(Path(name))
     beside = {"LAVIS's side": ", ".join(f"{what} {version}" for what, version in theirs.items())}
-    RESULTS.write_text(page(kept.rows, {**system, **ours, **beside}))
+    RESULTS.write_text(page(kept.rows, {**system, **ours, **beside}), encoding="utf-8")
 
 
 def _fast_folder() -> str | None:
@@ -106,7 +106,7 @@ class Kept:
 
     def __init__(self, path: Path, versions: Mapping[str, Any]):
         self._path, self._versions = path, versions
-        lines = path.read_text().splitlines() if path.is_file() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         whole = [json.loads(line) for line in lines if line.endswith("}")]
         whole = [entry for entry in whole if entry["versions"] == versions]
         self._names = {entry["job"] for entry in whole}
@@ -241,7 +241,7 @@ def twin_pair(model: Variant, seed: int, work: Path) -> tuple[Row, Callable[[str
     tiny.write_twin(model, work / "source", seed)
     opened = open_source(model, work / "source")
     path = kernels.prepare(work / "request", opened, "twin")
-    request = json.loads(path.read_text())
+    request = json.loads(path.read_text(encoding="utf-8"))
     with _quiet():
         directory.write_model(work / "model", opened, directory.recipe_of(opened.files, "auto", "5GB"))
     held: dict[str, huggingface.Loaded] = {}
@@ -272,7 +272,7 @@ def load_as(folder: Path, dtype: torch.dtype) -> huggingface.Loaded:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without bars and warnings: this is done hundreds of times."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
         yield
 
 

@@ -80,8 +80,8 @@ def main() -> None:
         system = machine.describe_machine(Path(scratch))
         for twin in options.twins:
             results += _of_twin(twin, chosen, options, Path(scratch))
-            options.output.write_text(page(results, system, options))
-    print(options.output.read_text().split("## Answers that are not all right")[0])
+            options.output.write_text(page(results, system, options), encoding="utf-8")
+    print(options.output.read_text(encoding="utf-8").split("## Answers that are not all right")[0])
 
 
 def _of_twin(twin: str, chosen: Sequence[Fault], options: argparse.Namespace, scratch: Path) -> Iterator[Result]:

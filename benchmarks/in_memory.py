@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import memory_available
 from benchmarks.synthetic import SIZES, Size
+from blip2nb.resources import free_memory
 from blip2nb.weights.mapping import Tied, entries, parameter_count
 
 MEMORY_FACTOR = 2.3  # of the model in float32: the dict, the model, and what saving takes
@@ -29,7 +29,7 @@ def model_bytes(size: Size) -> int:
 
 def refusal(size: Size) -> str:
     """Why this size does not fit into the memory that is free, or nothing."""
-    needed, available = MEMORY_FACTOR * model_bytes(size), memory_available()
+    needed, available = MEMORY_FACTOR * model_bytes(size), free_memory()
     if available >= needed:
         return ""
     return f"does not fit: needs {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are free"
@@ -89,7 +89,7 @@ def _processor(size: Size, language: Path) -> Any:
 
 def _configuration(size: Size, source: Path, tokenizer: Any) -> dict[str, Any]:
     vision, qformer = size.variant.vision, size.variant.qformer
-    text = json.loads((source / size.variant.language_folder / "config.json").read_text())
+    text = json.loads((source / size.variant.language_folder / "config.json").read_text(encoding="utf-8"))
     text.pop("torch_dtype")
     return {
         "dtype": "float32",

@@ -26,7 +26,7 @@ def main(folder):
     sys.path.insert(0, folder)
     import record_lavis
 
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # LAVIS prints while it builds
     twins = {}  # type: dict
     for line in sys.stdin:

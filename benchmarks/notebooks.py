@@ -38,8 +38,8 @@ def main() -> None:
         rows = [_row(notebook, options.model, options.times, Path(name)) for notebook in NOTEBOOKS]
         system = machine.describe_machine(Path(name))
     imports = {line: _median([seconds([sys.executable, "-c", line]) for _ in range(5)]) for line in _IMPORTS}
-    RESULTS.write_text(_page(rows, imports, system, options.model, options.times))
-    print(RESULTS.read_text())
+    RESULTS.write_text(_page(rows, imports, system, options.model, options.times), encoding="utf-8")
+    print(RESULTS.read_text(encoding="utf-8"))
 
 
 def _row(notebook: Path, model: str, times: int, scratch: Path) -> list[str]:

@@ -98,7 +98,7 @@ def _anonymous(pid: int) -> int:
 
 def _read(path: str) -> str:
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             return file.read()
     except OSError:
         return ""

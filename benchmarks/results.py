@@ -27,7 +27,7 @@ class Results:
 
     def __init__(self, path: Path):
         self.path = path
-        self.content: Entry = json.loads(path.read_text()) if path.is_file() else {"sizes": {}}
+        self.content: Entry = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"sizes": {}}
 
     def size(self, size: Size, stamp: Entry, *, fresh: bool = False) -> Entry:
         """What is known of a size: what earlier runs of the same stamp measured, or an empty entry."""
@@ -49,7 +49,7 @@ class Results:
             (self.path.with_suffix(".md"), markdown(self.content)),
         ):
             partial = path.with_name(f".{path.name}.partial")
-            partial.write_text(text)
+            partial.write_text(text, encoding="utf-8")
             partial.replace(path)
 
 

@@ -46,14 +46,14 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=3, help="how often each side of a comparison is run")
     options = parser.parse_args()
     kept = RESULTS.with_suffix(".json")
-    found = json.loads(kept.read_text()) if kept.is_file() else {}
+    found = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     for part in options.parts:
         with tempfile.TemporaryDirectory() as name:
             head, rows = _PARTS[part](Path(name), options.times)
             system = {**machine.describe_machine(Path(name)), **machine.describe_versions()}
         found[part] = {"head": head, "rows": rows, "measured": system}
-        kept.write_text(json.dumps(found, indent=1) + "\n")
-        RESULTS.write_text(_page(found))
+        kept.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        RESULTS.write_text(_page(found), encoding="utf-8")
         print(table(head, rows))
 
 
@@ -151,7 +151,7 @@ def _many(scratch: Path, times: int) -> tuple[list[str], list[list[str]]]:
     if process.returncode != 0:
         raise BenchmarkError(f"the sweep ended with {process.returncode}")
     took = time.perf_counter() - began
-    index = json.loads((output / "index.json").read_text())
+    index = json.loads((output / "index.json").read_text(encoding="utf-8"))
     early = statistics.median(rss for done, rss in held if 10 <= done < 40)
     late = statistics.median(rss for done, rss in held if done >= 170)
     rows = [
@@ -231,13 +231,13 @@ def _workers(pid: int) -> list[psutil.Process]:
 
 def _looked_over(output: Path) -> dict[str, int]:
     """Raises BenchmarkError where the report and the folders are not what they should be."""
-    runs = json.loads((output / "index.json").read_text())["runs"]
+    runs = json.loads((output / "index.json").read_text(encoding="utf-8"))["runs"]
     if sorted(run["run_name"] for run in runs) != sorted(f"short--{twin}" for twin in TWINS):
         raise BenchmarkError(f"{output}: not each run is in the report once")
     for run in runs:
         folder = output / run["folder"]
         if run["state"] == "finished":
-            report = json.loads((folder / "report.json").read_text())
+            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
             cells = nbformat.read(folder / run["executed"], 4).cells
             whole = report["verdict"] == run["verdict"] and all(
                 cell.execution_count for cell in cells if cell.cell_type == "code"

@@ -213,7 +213,7 @@ def _write_language(size: Size, shapes: Shapes, folder: Path) -> None:
         weight_map |= dict.fromkeys(names, path.name)
     if len(groups) > 1:
         index = {"metadata": {"total_size": count(shapes) * size.language.itemsize}, "weight_map": weight_map}
-        (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _shards(shapes: Shapes, item_bytes: int) -> Iterator[list[str]]:
@@ -262,9 +262,9 @@ def _write_configuration(size: Size, folder: Path) -> None:
         for path in (made / twin.language_folder).iterdir():
             if path.suffix in (".json", ".txt") and not path.name.endswith(".index.json"):
                 shutil.copy(path, folder)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= _config_sizes(size.variant.language) | {"torch_dtype": str(size.language).removeprefix("torch.")}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _config_sizes(language: LanguageSizes) -> dict[str, int]:

@@ -49,8 +49,8 @@ def main() -> None:
         rows = [_row(model, options.times, Path(name)) for model in options.models]
         system = machine.describe_machine(Path(name))
     startup = statistics.median(seconds([sys.executable, "-c", _STARTUP]) for _ in range(3))
-    RESULTS.write_text(_page(rows, startup, system, options.times))
-    print(RESULTS.read_text())
+    RESULTS.write_text(_page(rows, startup, system, options.times), encoding="utf-8")
+    print(RESULTS.read_text(encoding="utf-8"))
 
 
 def _row(model: str, times: int, scratch: Path) -> list[str]:

@@ -217,7 +217,7 @@ def revert(target: str | Path | Run, output: str | Path, *, part: str = "trained
     from blip2nb.models.revert import PARTS, revert_model
 
     if part not in PARTS:
-        raise RequestError(f"--part should be one of {', '.join(PARTS)}, found {part!r}.")
+        raise RequestError(f"part should be one of {', '.join(PARTS)}, found {part!r}.")
     folder = target.model if isinstance(target, Run) else _model_folder(Path(target).expanduser())
     return revert_model(folder, Path(output).expanduser(), part, overwrite)
 
@@ -228,7 +228,7 @@ def _model_folder(path: Path) -> Path:
 
 def _check_dtype(dtype: str, possible: Sequence[str] = tuple(CASTS)) -> None:
     if dtype not in possible:
-        raise RequestError(f"--dtype should be one of {', '.join(possible)}, found {dtype!r}.")
+        raise RequestError(f"dtype should be one of {', '.join(possible)}, found {dtype!r}.")
 
 
 def _hub_token(repository: str) -> str:
@@ -354,7 +354,7 @@ def verify(
     from blip2nb.run.environment import find_lavis
 
     if proof not in PROOFS:
-        raise RequestError(f"--proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
+        raise RequestError(f"proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
     if dtype:
         _check_dtype(dtype, ("float32", "bfloat16", "float16"))
     run = _run_of(target)
@@ -364,7 +364,9 @@ def verify(
     manifest = Manifest.read(run.model)
     refuse_wrong_base(variant(manifest.model), source or run.source, base or run.base)
     if (images or texts) and proof == "weights":
-        raise RequestError("--images and --text show both models something; --proof weights runs neither.")
+        raise RequestError(
+            "images and texts are shown to both models, and proof weights runs neither: leave out one of them."
+        )
     token = _hub_token(push_to_hub)
     chosen = choose(manifest.model_variant, images, texts)
     proof = proof if chosen is None else "both"
@@ -442,7 +444,7 @@ def check_proof(
     from blip2nb.run import reference
 
     if proof not in PROOFS:
-        raise RequestError(f"The proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
+        raise RequestError(f"proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
     from blip2nb.models import huggingface
     from blip2nb.models.files import which
 
@@ -496,7 +498,7 @@ def sweep(
 
     runs = asked.expand(patterns, notebook, parameters, grid)
     if workers < 0:
-        raise RequestError(f"--workers should be 1 or more, found {workers}.")
+        raise RequestError(f"workers should be 1 or more, found {workers}.")
     return sweep.sweep(
         runs,
         output,

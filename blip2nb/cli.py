@@ -109,7 +109,8 @@ def main() -> None:
     except Exception as error:
         logging.getLogger("blip2nb").debug("traceback", exc_info=True)
         print(
-            f"blip2nb: unexpected {type(error).__name__}: {error}. Please report this with the command.",
+            f"blip2nb: unexpected {type(error).__name__}: {error}. Please report this with the command, and with what "
+            "`blip2nb --verbose …` says.",
             file=sys.stderr,
         )
         sys.exit(3)

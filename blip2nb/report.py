@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2nb.errors import RequestError
+from blip2nb.whole import write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,15 +63,17 @@ class Report:
         return plots.FIGURES[name](self.content, self.arrays, width=width)
 
     def save(self, folder: Path) -> Path:
-        """Write report.json and arrays.safetensors into `folder`, each whole or not at all. Returns the former."""
+        """Write report.json and arrays.safetensors into `folder`, each whole or not at all, and never one without the
+        other. Returns the former."""
         from safetensors.numpy import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
         arrays, text = folder / "arrays.safetensors", folder / "report.json"
         save_file(dict(self.arrays), f"{arrays}.partial")
-        Path(f"{text}.partial").write_text(json.dumps(finite(self.content), indent=1, allow_nan=False) + "\n")
+        content = json.dumps(finite(self.content), indent=1, allow_nan=False) + "\n"
+        text.unlink(missing_ok=True)  # killed before the end, there is no report, and never one beside another's arrays
         os.replace(f"{arrays}.partial", arrays)
-        os.replace(f"{text}.partial", text)
+        write_whole(text, content)
         return text
 
     @classmethod
@@ -81,7 +84,7 @@ class Report:
 
         path = folder / "report.json"
         try:
-            return cls(json.loads(path.read_text()), load_file(folder / "arrays.safetensors"))
+            return cls(json.loads(path.read_text(encoding="utf-8")), load_file(folder / "arrays.safetensors"))
         except FileNotFoundError as error:
             raise RequestError(
                 f"{error.filename or path} does not exist: expected a run's folder under outputs/. "

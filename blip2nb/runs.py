@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from blip2nb.errors import RequestError
 from blip2nb.report import Report
 from blip2nb.variants import Variant, variant
+from blip2nb.whole import write_whole
 
 if TYPE_CHECKING:
     from blip2nb.run.workbench import Sides
@@ -63,7 +64,7 @@ class Run:
 
     def _remembered(self, what: str) -> str:
         try:
-            return json.loads((self.folder / "run.json").read_text())[what]
+            return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))[what]
         except (FileNotFoundError, ValueError, KeyError):
             return ""
 
@@ -74,7 +75,7 @@ class Run:
         given = {what: str(Path(where).expanduser().resolve()) for what, where in named.items() if where}
         if given:
             self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(given) + "\n")
+            write_whole(path, json.dumps(given) + "\n")
         else:
             path.unlink(missing_ok=True)
 
@@ -163,11 +164,11 @@ class Run:
 
 
 def outputs_folder(output_dir: str | Path = "") -> Path:
-    """The given folder; else the checkout's outputs/, wherever the caller stands; else outputs/ here."""
+    """The given folder; else the checkout's outputs/, wherever the caller stands; else, installed, outputs/ here."""
     if output_dir:
         return Path(output_dir).expanduser().resolve()
     checkout = Path(__file__).resolve().parent.parent
-    return checkout / "outputs" if (checkout / "notebooks").is_dir() else Path.cwd() / "outputs"
+    return checkout / "outputs" if (checkout / "pyproject.toml").is_file() else Path.cwd() / "outputs"
 
 
 def new_run(model: str, source: str | Path = "", run_name: str = "", output_dir: str | Path = "") -> Run:

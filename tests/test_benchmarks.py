@@ -66,7 +66,7 @@ def test_the_plain_way_is_refused_where_memory_is_too_small(monkeypatch: pytest.
     from benchmarks import in_memory
     from benchmarks.synthetic import SIZES
 
-    monkeypatch.setattr(in_memory, "memory_available", lambda: 24_000_000_000)
+    monkeypatch.setattr(in_memory, "free_memory", lambda: 24_000_000_000)
     assert in_memory.refusal(SIZES["1.5b"]) == ""
     assert in_memory.refusal(SIZES["blip2-opt-2.7b"]).startswith("does not fit: needs 34 GB")
 

@@ -1,5 +1,6 @@
 """What is committed is clean: notebooks without outputs, links that lead somewhere, words spelt right, a whole book."""
 
+import ast
 import base64
 import os
 import re
@@ -199,3 +200,37 @@ def test_the_book_loads_nothing_from_the_network(book):
     styles = "".join(path.read_text() for path in book.rglob("*.css"))
     assert "url(" in styles
     assert not re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", styles)
+
+
+# --- code
+
+
+LIBRARY = sorted((ROOT / "blip2nb").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=lambda path: path.stem)
+def test_text_is_read_and_written_as_utf_8_and_not_as_the_locale_has_it(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert not [
+        call.lineno for call in calls if _opens_text(call) and not any(one.arg == "encoding" for one in call.keywords)
+    ]
+
+
+def _opens_text(call):
+    name = ast.unparse(call.func)
+    if name in ("open", "os.fdopen"):
+        return not any("b" in str(one.value) for one in call.args[1:2] if isinstance(one, ast.Constant))
+    return name.endswith((".read_text", ".write_text"))
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.stem)
+def test_errors_name_parameters_and_not_options_of_the_command_line(path):
+    """Who calls from Python or a notebook has no options. A whole command may be named, and `cli` speaks of its own."""
+    calls = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "RequestError" and path.stem != "cli"
+    ]
+    words = [one.value for call in calls for one in ast.walk(call) if isinstance(one, ast.Constant)]
+    assert not [word for word in words if re.search(r"--[a-z]", str(word)) and "blip2nb convert" not in str(word)]

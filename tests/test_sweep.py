@@ -29,7 +29,8 @@ PROBE = """
 import os, pathlib, time
 def note(word):
     with open(os.environ["PROBE_LEDGER"], "a") as ledger:
-        ledger.write(f"{word} {label} {time.time()} {os.getpid()}\\n")
+        share = os.environ.get("BLIP2NB_CORES", "all")
+        ledger.write(f"{word} {label} {time.time()} {os.getpid()} {share}\\n")
 note("begins")
 pathlib.Path(output_dir, run_name, "half.txt").write_text("half")
 time.sleep(seconds)
@@ -191,7 +192,8 @@ REAL = ("right", {"label": "wrong", "broken": True}, {"label": "half", "proof": 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory):
     """A sweep of real conversions, one of them wrong, in a folder where one was converted by hand before."""
-    folder = tmp_path_factory.mktemp("verdicts")
+    folder = tmp_path_factory.mktemp("verdicts") / "für's Ganze"
+    folder.mkdir()
     probe = Probe(folder)
     probe.write(BROKEN)
     notebook = nbformat.read(probe.path, 4)
@@ -373,10 +375,11 @@ def test_runs_that_do_not_fit_beside_each_other_are_not_beside_each_other(probe)
     with place(probe.output).lock(), cluster.local(4) as client:
         done = list(cluster.run(client, tasks, needs, 2, lambda event: None, 4))
     assert {one["state"] for one in done} == {"finished"}
-    spans = {}
+    spans, shares = {}, {}
     for line in probe.ledger.read_text().splitlines():
-        word, label, at, _ = line.split()
+        word, label, at, _, shares[label] = line.split()
         spans.setdefault(label, {})[word] = float(at)
+    assert shares == {"a": "2", "b": "2", "c": "1", "d": "1"}, "cores, by how many runs may be beside each"
     for _, at in [(label, span["begins"]) for label, span in spans.items()]:
         beside = sum(needs[label] for label, span in spans.items() if span["begins"] <= at <= span["ends"])
         assert beside <= cluster.memory()

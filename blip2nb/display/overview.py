@@ -11,7 +11,6 @@ import html as escaping
 import itertools
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from blip2nb.display.figures.depth import Depth
 from blip2nb.display.figures.words import as_count, as_number, as_percent, as_times, first_few
 from blip2nb.report import INFINITE, finite
 from blip2nb.weights.convert import LOSSY
+from blip2nb.whole import write_whole
 
 Entry = Mapping[str, Any]
 Index = Mapping[str, Any]
@@ -396,10 +396,8 @@ def save(index: Index, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, text in texts(index).items():
-        path, beside = folder / name, folder / f"{name}.partial"
-        beside.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(beside, path)
-        written.append(path)
+        write_whole(folder / name, text)
+        written.append(folder / name)
     return written
 
 

@@ -9,7 +9,6 @@ import base64
 import dataclasses
 import io
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from blip2nb.display import faults, plots, templates, text
 from blip2nb.display.figures.depth import Depth
 from blip2nb.display.figures.style import Arrays, Report, rasterise
 from blip2nb.display.figures.words import as_bytes, as_count, as_number, as_percent, as_times
+from blip2nb.whole import write_whole
 
 MOST_ROWS = 200
 """So many rows of a figure's data are on the page; where there are more, it says so."""
@@ -36,9 +36,7 @@ def save(
     phone: Mapping[str, Shown] | None = None,
 ) -> Path:
     """Write the page, whole or not at all. Arguments as for `render`. Returns the path."""
-    beside = path.with_name(f"{path.name}.partial")
-    beside.write_text(render(report, arrays, drawn, phone), encoding="utf-8", newline="\n")
-    os.replace(beside, path)
+    write_whole(path, render(report, arrays, drawn, phone))
     return path
 
 

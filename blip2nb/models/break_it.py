@@ -24,6 +24,7 @@ import fnmatch
 import functools
 import html
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from blip2nb.models.files import Opened
+
+log = logging.getLogger("blip2nb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +111,7 @@ class Bench:
             try:
                 return compare(self.tape, loaded.model, self.stages, inputs, explain=False)
             except Exception:  # it stops on the way, as it may for a text of another length: keep what was seen before
+                log.debug("the comparison stopped; once more, with what was seen before", exc_info=True)
                 return compare(self.tape, loaded.model, self.stages, inputs)
 
     def ask(self, case: Case, seed: int = 0) -> Answer:
@@ -137,6 +141,7 @@ class Bench:
         try:
             return tuple(verify.findings(broken.folder, self.tape, source=self.source, **live)), ""
         except Exception as error:  # no answer is a wrong one, and says why
+            log.debug("no answer", exc_info=True)
             return (), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
     def case(self, fault: str, where: str = "") -> Case:
@@ -287,7 +292,7 @@ def write(fault: Fault, folder: Path, target: Target, seed: int = 0) -> None:
         return
     shards = {name: path for path in sorted(folder.glob("*.safetensors")) for name in _names(path)}
     before: dict[str, torch.Tensor] = {}
-    for path in {shards[name] for name in target.names}:
+    for path in sorted({shards[name] for name in target.names}):
         with safe_open(path, framework="pt") as file:
             before |= {name: file.get_tensor(name) for name in target.names if shards[name] == path}
     changed = fault.changed(before, target, seed)

@@ -168,7 +168,7 @@ def read_language_config(files: Files) -> dict[str, Any]:
     """
     path = files.language / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RequestError(f"{path} should be the language model's configuration ({error}).") from error
     _require_tokenizer(files.language)

@@ -41,7 +41,7 @@ def check_place(folder: Path) -> None:
     if not folder.exists() or (folder / MANIFEST).is_file():
         return
     if not folder.is_dir() or any(folder.iterdir()):
-        raise RequestError(f"{folder} holds something that is not a conversion of this kit. Name another --output.")
+        raise RequestError(f"{folder} holds something that is not a conversion of this kit. Name another output.")
 
 
 def check_apart(folder: Path, files: Files) -> None:
@@ -50,7 +50,7 @@ def check_apart(folder: Path, files: Files) -> None:
     for path in files.parts():
         source = path.resolve()
         if source.is_relative_to(target) or target.is_relative_to(source):
-            raise RequestError(f"{folder} cannot be the output: {path} is read from there. Name another --output.")
+            raise RequestError(f"{folder} cannot be the output: {path} is read from there. Name another output.")
 
 
 def holds_already(folder: Path, opened: Opened, recipe: dict[str, str], overwrite: bool) -> bool:
@@ -66,7 +66,7 @@ def holds_already(folder: Path, opened: Opened, recipe: dict[str, str], overwrit
         raise RequestError(
             f"{folder} holds another run's model ({held.model}, dtype {held.dtype}, weights "
             f"{held.weights_hash[:12]}), not the {wanted.name} asked for. "
-            "Give this one its own run_name or --output, or replace it with overwrite."
+            "Give this one its own run_name or output, or replace it with overwrite."
         )
     if dict(held.recipe) == recipe and _whole(folder):
         clear_away(folder)
@@ -87,8 +87,8 @@ def weights_hash(opened: Opened) -> str:
 
 def recipe_of(files: Files, dtype: str, max_shard_size: str | int) -> dict[str, str]:
     """All but the weights that decides what is written: asked for, configured beside the weights, and by what."""
-    small = [path for path in files.language.iterdir() if path.suffix in (".json", ".txt", ".model")]
-    configuration = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sorted(small)))
+    small = files.configuration_files()
+    configuration = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in small))
     return {
         "dtype": dtype,
         "max_shard_size": str(max_shard_size),
@@ -107,10 +107,9 @@ def _whole(folder: Path) -> bool:
 
 
 def _stamps(files: Files) -> list[dict[str, Any]]:
-    """What tells at a glance that the files are those of last time: name, size and time of change."""
-    beside = sorted(path for path in files.language.iterdir() if path.is_file())
-    paths = [*([files.vision] if files.vision else []), *beside, *files.checkpoints]
-    stats = [(path.name, path.stat()) for path in paths]
+    """What tells at a glance that the files are those of last time: name, size and time of change. Of those that are
+    read: what else lies beside them may change."""
+    stats = [(path.name, path.stat()) for path in (*files.weight_files(), *files.configuration_files())]
     return [{"name": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats]
 
 
@@ -164,7 +163,7 @@ def _check_disk(target: Path, size: int) -> None:
     if free < size + 64_000_000:
         raise RequestError(
             f"{target} needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there. "
-            "Make room, or name an --output on another disk."
+            "Make room, or name an output on another disk."
         )
 
 

@@ -56,7 +56,7 @@ def which(model: str, source: str | Path = "") -> Variant:
     if source and not path.exists():
         raise RequestError(f"{path} does not exist. Expected a checkpoint of LAVIS's trainer, or a folder of files.")
     if not source or not path.is_file():
-        raise RequestError("Name the model to convert (`blip2nb variants` lists them), or a checkpoint with --source.")
+        raise RequestError("Name the model to convert (`blip2nb variants` lists them), or a checkpoint as source.")
     return told_by(path)
 
 
@@ -92,12 +92,12 @@ def find_files(variant: Variant, source: str | Path = "", base: str | Path = "")
     path = Path(source).expanduser()
     if source and path.is_dir():
         if base:
-            raise RequestError(f"--source {path} is a whole model, so there is nothing to lay over a --base.")
-        files = _in_folder(path, variant, "--source")
+            raise RequestError(f"source {path} is a whole model, so there is nothing to lay over a base.")
+        files = _in_folder(path, variant, "source")
         _check_whole(variant, files.checkpoints[0])
         return files
     if source and not path.is_file():
-        raise RequestError(f"--source {path} does not exist. Expected a folder in the released layout or a checkpoint.")
+        raise RequestError(f"source {path} does not exist. Expected a folder in the released layout or a checkpoint.")
     if not source:
         return _named_base(variant, base) if base else own_files(variant)
     tensors, config = (open_file(path), {}) if path.suffix == ".safetensors" else open_checkpoint(path)
@@ -156,7 +156,7 @@ def _check_whole(variant: Variant, checkpoint: Path) -> None:
 
 def _named_base(variant: Variant, base: str | Path) -> Files:
     folder = Path(base).expanduser()
-    return _converted(folder) if is_converted(folder) else _in_folder(folder, variant, "--base")
+    return _converted(folder) if is_converted(folder) else _in_folder(folder, variant, "base")
 
 
 def _own_base(variant: Variant) -> Files:
@@ -174,7 +174,7 @@ def _own_base(variant: Variant) -> Files:
 def is_converted(folder: Path) -> bool:
     """Whether a folder is a BLIP-2 directory of transformers."""
     try:
-        return json.loads((folder / "config.json").read_text()).get("model_type") == "blip-2"
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == "blip-2"
     except (OSError, ValueError, AttributeError):
         return False
 

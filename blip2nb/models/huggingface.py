@@ -53,7 +53,7 @@ def load(folder: Path, dtype: str = "float32") -> Loaded:
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise RequestError(
-            f"{folder} does not load ({type(error).__name__}: {first}). Convert again with --overwrite."
+            f"{folder} does not load ({type(error).__name__}: {first}). Convert again with overwrite."
         ) from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):

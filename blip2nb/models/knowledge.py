@@ -132,14 +132,12 @@ class _Held:
     def named(self, tensor: torch.Tensor) -> list[str]:
         """Which of transformers' parameters should hold exactly this."""
         value = tensor.detach().cpu()
-        digests = {digest(value)}
-        for like in self._dtypes:
-            digests.add(digest_as(value, f"{like}:") or "")
-        return [target for one in digests for target in self._by_digest.get(one, [])]
+        digests = [digest(value), *(digest_as(value, f"{like}:") or "" for like in self._dtypes)]
+        return [target for one in dict.fromkeys(digests) for target in self._by_digest.get(one, [])]
 
     @functools.cached_property
-    def _dtypes(self) -> set[str]:
-        return {one.split(":", 1)[0] for one in self.digests.values()}
+    def _dtypes(self) -> list[str]:
+        return sorted({one.split(":", 1)[0] for one in self.digests.values()})
 
     @functools.cached_property
     def _by_digest(self) -> dict[str, list[str]]:

@@ -210,7 +210,7 @@ def enter(model, request, path):
 
 def read_request(path):
     """A request from its file. The images and the tape that it names relatively lie beside it."""
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         request = json.load(file)
     folder = os.path.dirname(os.path.abspath(path))
     request["images"] = [os.path.join(folder, image) for image in request["images"]]
@@ -366,9 +366,9 @@ def _write_bert(request, folder):
         "type_vocab_size": 2,
         "vocab_size": 30522,
     }
-    with open(os.path.join(folder, "config.json"), "w") as file:
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
         json.dump(config, file)
-    with open(os.path.join(folder, "vocab.txt"), "w") as file:
+    with open(os.path.join(folder, "vocab.txt"), "w", encoding="utf-8") as file:
         file.write("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]) + "\n")
 
 
@@ -506,7 +506,7 @@ def _read_folder(folder):
         if os.path.isfile(os.path.join(folder, single)):
             return _read(os.path.join(folder, single))
         if os.path.isfile(index):
-            with open(index) as file:
+            with open(index, encoding="utf-8") as file:
                 shards = sorted(set(json.load(file)["weight_map"].values()))
             paths = [os.path.join(folder, os.path.basename(name)) for name in shards]
             return (pair for path in paths for pair in _read(path))

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Any
 
+from blip2nb import resources
 from blip2nb.errors import RequestError
 from blip2nb.models.directory import free_space
 from blip2nb.models.files import Opened, open_source, wrong_base
@@ -160,7 +160,7 @@ def preview(
         memory_float32=total * 4,
         memory_half=total * 2,
         memory_proving=memory_proving(named),
-        memory_here=machine_memory(),
+        memory_here=resources.memory(),
     )
     return dataclasses.replace(out, problems=(*([wrong] if wrong else []), *_problems(out)))
 
@@ -172,12 +172,12 @@ def _problems(plan: Preview) -> list[str]:
         more = f" beside the {gigabytes(same_disk)} to fetch" if same_disk else ""
         out.append(
             f"Too little disk: {plan.output} needs {gigabytes(plan.writes)}{more}, and {gigabytes(plan.disk_free)} are "
-            "free there. Make room, or name an --output on another disk."
+            "free there. Make room, or name an output on another disk."
         )
     elif plan.fetch_free < plan.fetch_bytes:
         out.append(
             f"Too little disk: {gigabytes(plan.fetch_bytes)} are to be fetched, and {gigabytes(plan.fetch_free)} are "
-            "free in the caches. Make room, or fetch the files elsewhere and give them with --source."
+            "free in the caches. Make room, or fetch the files elsewhere and give them as source."
         )
     return out
 
@@ -196,7 +196,7 @@ def _expected(wanted: Variant, source: str | Path, base: str | Path) -> tuple[Va
     if not source or path.is_dir():
         return wanted, ""
     if not path.is_file():
-        raise RequestError(f"--source {path} does not exist. Expected a folder in the released layout or a checkpoint.")
+        raise RequestError(f"source {path} does not exist. Expected a folder in the released layout or a checkpoint.")
     if path.suffix == ".safetensors":
         return wanted, ""
     tensors, config = open_checkpoint(path)
@@ -268,15 +268,3 @@ def memory_proving(model: Variant) -> int:
     """Bytes of memory that comparing a model's behaviour takes, beside the imports: its weights in float32, and a
     quarter more for activations and the widest layer twice."""
     return parameter_count(model) * 5
-
-
-def machine_memory() -> int:
-    """Bytes of memory this machine has, or this container may use; 0 where that cannot be told."""
-    try:
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 0
-    try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no container, or one without a limit: "max"
-        return total

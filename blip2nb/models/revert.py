@@ -54,7 +54,7 @@ def revert_model(folder: Path, output: Path, part: str, overwrite: bool) -> Reve
     manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
     variant = manifest.model_variant if manifest is not None else _configured_variant(folder)
     if output.exists() and not overwrite:
-        raise RequestError(f"{output} is there already. Name another --output, or replace it with --overwrite.")
+        raise RequestError(f"{output} is there already. Name another output, or replace it with overwrite.")
     saved = open_folder(folder)
     wanted = [entry for entry in entries(variant) if not entry.optional]
     missing = [str(entry.target) for entry in wanted if entry.target not in saved]
@@ -74,20 +74,20 @@ def revert_model(folder: Path, output: Path, part: str, overwrite: bool) -> Reve
     if free_space(output) < size + 1_000_000:
         raise RequestError(
             f"{output} needs {gigabytes(size)}, and {gigabytes(free_space(output))} are free there. "
-            "Make room, or name an --output on another disk."
+            "Make room, or name an output on another disk."
         )
     try:
         with progress_bar(total=size, unit="B", unit_scale=True, desc=f"revert {variant.name}") as bar:
             write_checkpoint(output, tensors, bar.update)
     except OSError as error:
-        raise RequestError(f"{output} cannot be written ({error.strerror or error}). Name another --output.") from error
+        raise RequestError(f"{output} cannot be written ({error.strerror or error}). Name another output.") from error
     return Reverted(output, variant, part, len(tensors), lost)
 
 
 def _configured_variant(folder: Path) -> Variant:
     path = folder / "config.json"
     try:
-        config: dict[str, Any] = json.loads(path.read_text())
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RequestError(f"{path} should be the configuration of a BLIP-2 model ({error}).") from error
     return from_config(config, path)

@@ -253,12 +253,12 @@ def _write_language(variant: Variant, form: Form, tensors: Mapping[str, torch.Te
             save({name: hub[name] for name in part}, folder / file)
             weight_map |= dict.fromkeys(part, file)
         index = {"metadata": {}, "weight_map": weight_map}
-        (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index, indent=1))
+        (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     write, config = (
         (_write_opt_tokenizer, _opt_config) if variant.language.kind == "opt" else (_write_t5_tokenizer, _t5_config)
     )
     write(variant, folder)
-    (folder / "config.json").write_text(json.dumps(config(variant), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config(variant), indent=2) + "\n", encoding="utf-8")
 
 
 def _save_safetensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -368,9 +368,9 @@ def _write_opt_tokenizer(variant: Variant, folder: Path) -> None:
     special["pad_token"] = {**token, "content": "<pad>"}
     config = {**special, "add_bos_token": True, "add_prefix_space": False, "errors": "replace"}
     config["tokenizer_class"] = "GPT2Tokenizer"
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     plain = {name: {key: value for key, value in text.items() if key != "__type"} for name, text in special.items()}
-    (folder / "special_tokens_map.json").write_text(json.dumps(plain, indent=1))
+    (folder / "special_tokens_map.json").write_text(json.dumps(plain, indent=1), encoding="utf-8")
 
 
 def _t5_pieces(variant: Variant) -> list[str]:
@@ -416,6 +416,6 @@ def _write_t5_tokenizer(variant: Variant, folder: Path) -> None:
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1), encoding="utf-8")
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "additional_special_tokens": sentinels}
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1), encoding="utf-8")
     config = {**special, "extra_ids": 100, "model_max_length": 512, "tokenizer_class": "T5Tokenizer"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")

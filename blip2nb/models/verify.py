@@ -170,7 +170,7 @@ def _parameters_of(folder: Path) -> dict[str, tuple[int, ...]]:
         config = Blip2Config.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers checks fields with errors of its own
         first = (str(error).splitlines() or [""])[0]
-        raise RequestError(f"{folder / 'config.json'} is damaged ({first}). Convert again with --overwrite.") from error
+        raise RequestError(f"{folder / 'config.json'} is damaged ({first}). Convert again with overwrite.") from error
     try:
         with torch.device("meta"):
             state = Blip2ForConditionalGeneration(config).state_dict()
@@ -178,7 +178,7 @@ def _parameters_of(folder: Path) -> dict[str, tuple[int, ...]]:
         first = (str(error).splitlines() or [""])[0]
         raise RequestError(
             f"{folder / 'config.json'} describes no model that transformers builds ({type(error).__name__}: {first}). "
-            "Convert again with --overwrite."
+            "Convert again with overwrite."
         ) from error
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
@@ -617,9 +617,8 @@ def _stage(place: Stage, number: int, shipped: Comparison, fixed: Comparison | N
 
 
 def _known(
-    known: KnownDifference, found: AttributeDifference, shipped: Comparison, fixed: Comparison | None
+    known: KnownDifference, found: AttributeDifference, shipped: Comparison, fixed: Comparison
 ) -> dict[str, Any]:
-    assert fixed is not None
     before, after = shipped[known.stage], fixed[known.stage]
     return {
         "id": known.id,

@@ -248,7 +248,7 @@ def _parts(folder: Path, name: str, outputs: Path) -> Iterator[Item]:
 def _of_a_sweep(folder: Path) -> tuple[str, ...]:
     """What a sweep adds to a run: its record, and the executed notebook that it names."""
     try:
-        return RECORD, Path(json.loads((folder / RECORD).read_text())["executed"]).name or RECORD
+        return RECORD, Path(json.loads((folder / RECORD).read_text(encoding="utf-8"))["executed"]).name or RECORD
     except (OSError, ValueError, KeyError, TypeError):
         return (RECORD,)
 

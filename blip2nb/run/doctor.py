@@ -6,8 +6,8 @@ import dataclasses
 import importlib.metadata
 import platform
 import shutil
-from pathlib import Path
 
+from blip2nb import resources
 from blip2nb.run import kernels
 from blip2nb.run.environment import find_lavis
 from blip2nb.runs import outputs_folder
@@ -74,19 +74,15 @@ def _disk() -> Finding:
     free = shutil.disk_usage(place).free
     fine = free > 20e9
     advice = (
-        "" if fine else "A full-size conversion writes 8 to 25 GB beside what it reads; use --output on another disk."
+        "" if fine else "A full-size conversion writes 8 to 25 GB beside what it reads; use an output on another disk."
     )
     return Finding("disk", f"{free / 1e9:.0f} GB free at {place}", fine, advice=advice)
 
 
 def _memory() -> Finding:
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
-    if "MemAvailable" not in sizes:
-        return Finding("memory", "unknown on this system", True)
-    available = sizes["MemAvailable"]
-    advice = "" if available > 17e9 else "Conversion is fine; running blip2-opt-2.7b in float32 takes 15 GB."
-    return Finding("memory", f"{available / 1e9:.0f} GB available", available > 2e9, advice=advice)
+    free = resources.free_memory()
+    advice = "" if free > 17e9 else "Conversion is fine; running blip2-opt-2.7b in float32 takes 15 GB."
+    return Finding("memory", f"{free / 1e9:.0f} GB available", free > 2e9, advice=advice)
 
 
 def _cache() -> Finding:

@@ -34,7 +34,7 @@ def find_lavis(lavis_python: str | Path = "") -> Lavis | None:
         path = Path(given).expanduser()
         if not path.is_file():
             raise RequestError(
-                f"--lavis-python {given} does not exist. Expected the python of an environment with LAVIS."
+                f"lavis_python {given} does not exist. Expected the python of an environment with LAVIS."
             )
         return Lavis(path, None)
     from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel

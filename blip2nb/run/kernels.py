@@ -86,7 +86,7 @@ def prepare(
         "output": "tape.safetensors",
     }
     path = folder / "request.json"
-    path.write_text(json.dumps(request, indent=1) + "\n")
+    path.write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
     return path
 
 

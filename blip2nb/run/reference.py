@@ -6,9 +6,10 @@ import logging
 import shlex
 from pathlib import Path
 
+from blip2nb import resources
 from blip2nb.errors import RequestError
 from blip2nb.models.inputs import Chosen, demo_hash
-from blip2nb.models.preview import machine_memory, memory_proving
+from blip2nb.models.preview import memory_proving
 from blip2nb.models.stages import stages
 from blip2nb.run.environment import Lavis, find_lavis
 from blip2nb.runs import Run
@@ -70,7 +71,7 @@ def given_tape(path: Path, manifest: Manifest, chosen: Chosen | None = None) -> 
             f"{again}"
         )
     if chosen is not None and tape.metadata["inputs_hash"] != chosen.inputs_hash(manifest.model_variant):
-        raise RequestError(f"{path} was recorded on other images or texts. Leave --images and --text out, or --tape.")
+        raise RequestError(f"{path} was recorded on other images or texts. Leave out images and texts, or the tape.")
     unrecorded = _unrecorded(tape, manifest)
     if unrecorded:
         raise RequestError(f"{path} is of an older version: nothing is recorded for {unrecorded[0]}. {again}")
@@ -99,7 +100,7 @@ def can_compare(proof: str, manifest: Manifest) -> bool:
         return False
     short = memory_short(manifest.model_variant)
     if short and proof == "both":
-        raise RequestError(f"{short} Use a larger machine, or --proof weights.")
+        raise RequestError(f"{short} Use a larger machine, or proof weights.")
     if short:
         log.info("%s Proving the weights alone.", short)
     return not short
@@ -107,7 +108,7 @@ def can_compare(proof: str, manifest: Manifest) -> bool:
 
 def memory_short(model: Variant) -> str:
     """A sentence when this machine cannot hold the model in float32, as both sides are compared; else ""."""
-    needed, total = memory_proving(model), machine_memory()
+    needed, total = memory_proving(model), resources.memory()
     if not total or needed <= 0.9 * total:  # where it cannot be told: try and see
         return ""
     return f"Running {model.name} in float32 takes {needed / 1e9:.0f} GB of memory; this machine has {total / 1e9:.0f}."
@@ -119,7 +120,7 @@ def require_lavis(lavis_python: str | Path, model: Variant) -> Lavis:
     if lavis is None:
         raise RequestError(
             f"Recording {model.name} needs an environment with LAVIS, and none was found: no kernel `lavis`, no "
-            ".venv-lavis. Make one with `make lavis`, or name yours with --lavis-python."
+            ".venv-lavis. Make one with `make lavis`, or name yours as lavis_python."
         )
     return lavis
 

@@ -65,7 +65,8 @@ class LavisSession:
         """Raises RequestError: the environment has no ipykernel, or LAVIS cannot build the model."""
         self._scratch = tempfile.TemporaryDirectory(prefix="blip2nb-")
         self.folder = Path(self._scratch.name)
-        self.source_hash = json.loads(kernels.prepare(self.folder, opened, source).read_text())["source_hash"]
+        request = kernels.prepare(self.folder, opened, source)
+        self.source_hash = json.loads(request.read_text(encoding="utf-8"))["source_hash"]
         read, write = os.pipe()
         self._held = os.fdopen(write, "wb")  # closes with this process, however it ends; the kernel ends with it
         try:
@@ -146,7 +147,8 @@ def _start(environment: Lavis, folder: Path, stdin: int) -> tuple[Any, Any]:
     spec.parent.mkdir(parents=True)
     command = [str(environment.python), "-W", "ignore", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     variables = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONPATH": ""}
-    spec.write_text(json.dumps({"argv": command, "display_name": "LAVIS", "language": "python", "env": variables}))
+    content = {"argv": command, "display_name": "LAVIS", "language": "python", "env": variables}
+    spec.write_text(json.dumps(content), encoding="utf-8")
     specifications = KernelSpecManager(kernel_dirs=[str(specs)])
     manager = KernelManager(kernel_name="live", kernel_spec_manager=specifications, **sockets.traits(folder))
     manager.start_kernel(cwd=str(folder), stdin=stdin, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -72,6 +72,11 @@ def open_notebook(name: str | Path) -> Notebook:
     given = Path(name).expanduser()
     path = given if given.suffix == ".ipynb" else _NOTEBOOKS / f"{name}.ipynb"
     if not path.is_file():
+        if not (_NOTEBOOKS / "convert.ipynb").is_file():
+            raise RequestError(
+                f"There is no notebook {str(name)!r}: the kit's own are in its repository and not in the installed "
+                "package. Give a notebook's path, or work in a clone of the repository (pip install -e .)."
+            )
         there = sorted(one.stem for one in _NOTEBOOKS.glob("*.ipynb"))
         near = difflib.get_close_matches(given.stem, there, n=1, cutoff=0.4)
         hint = f" Did you mean {near[0]!r}?" if near else ""

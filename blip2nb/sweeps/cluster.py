@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import dask
-import dask.system
 import distributed
 from distributed.diagnostics.plugin import WorkerPlugin
 
+from blip2nb import resources
 from blip2nb.errors import RequestError
 from blip2nb.sweeps import worker
 from blip2nb.sweeps.identity import kit
@@ -32,14 +32,9 @@ _UNKNOWN = 1 << 60  # beyond any model's need
 _SHARE = 0.9  # of a machine's memory; the rest is for the system, and for what holds the cluster together
 
 
-def cores() -> int:
-    """Processors that this process may use, also in a container."""
-    return dask.system.CPU_COUNT
-
-
 def memory() -> int:
     """Bytes of memory that runs on this machine may take together, also in a container."""
-    return int(distributed.system.MEMORY_LIMIT * _SHARE)
+    return int(resources.memory() * _SHARE)
 
 
 @contextlib.contextmanager
@@ -102,7 +97,7 @@ class _Memory(WorkerPlugin):
 
     async def setup(self, worker: distributed.Worker) -> None:
         if MEMORY not in worker.state.total_resources:
-            limit = worker.memory_manager.memory_limit or distributed.system.MEMORY_LIMIT
+            limit = worker.memory_manager.memory_limit or resources.memory()
             await worker.set_resources(**{MEMORY: int(limit * _SHARE)})
 
 

@@ -102,13 +102,13 @@ def _hash_of_file(path: Path) -> str:
     state = f"{path.resolve()} {found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
     note = cache_folder() / "hashes" / _hash(state)
     try:
-        return note.read_text()
+        return note.read_text(encoding="utf-8")
     except FileNotFoundError:
         if found.st_size > _LARGE:
             log.info("reading %s once, to know it again", path.name)
         digest = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
         note.parent.mkdir(parents=True, exist_ok=True)
         beside = note.with_name(f"{note.name}.{os.getpid()}")
-        beside.write_text(digest)
+        beside.write_text(digest, encoding="utf-8")
         os.replace(beside, note)
         return digest

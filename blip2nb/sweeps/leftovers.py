@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from blip2nb.whole import write_whole
+
 _OWNERS = "processes.json"
 
 
@@ -19,14 +21,14 @@ def note_processes(workshop: Path, processes: Iterable[psutil.Process]) -> None:
     for one in processes:
         with contextlib.suppress(psutil.Error):
             found.append((one.pid, one.create_time()))
-    (workshop / _OWNERS).write_text(json.dumps({"host": socket.gethostname(), "processes": found}))
+    write_whole(workshop / _OWNERS, json.dumps({"host": socket.gethostname(), "processes": found}))
 
 
 def end_leftovers(workshop: Path) -> None:
     """End what still works in a folder though the worker that started it is gone. On another machine it ends by itself:
     a notebook's process ends with the worker it listens to, and a kernel with the process that started it."""
     try:
-        noted = json.loads((workshop / _OWNERS).read_text())
+        noted = json.loads((workshop / _OWNERS).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return
     left = []

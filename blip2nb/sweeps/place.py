@@ -7,8 +7,10 @@ be recognised later, `sweep.json`, is part of it.
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +21,7 @@ from blip2nb.errors import RequestError
 from blip2nb.runs import outputs_folder
 from blip2nb.sweeps.leftovers import end_leftovers
 from blip2nb.weights.writer import sync
+from blip2nb.whole import write_whole
 
 RECORD = "sweep.json"
 HIDDEN = ".sweep"
@@ -85,7 +88,7 @@ class Folder:
                     (hidden / "lock").unlink()
         except Timeout as error:
             raise RequestError(
-                f"Another sweep is writing to {self.root}. Wait for it, or name another folder with --output."
+                f"Another sweep is writing to {self.root}. Wait for it, or name another folder as output."
             ) from error
         finally:
             with contextlib.suppress(OSError):  # something was left for the next sweep to go on with
@@ -102,7 +105,10 @@ class Folder:
                 shutil.rmtree(path)
 
     def records(self) -> dict[str, dict[str, Any]]:
-        return {path.parent.name: json.loads(path.read_text()) for path in sorted(self.root.glob(f"*/{RECORD}"))}
+        return {
+            path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(self.root.glob(f"*/{RECORD}"))
+        }
 
     def read(self, path: str) -> bytes | None:
         file = self.root / path
@@ -139,9 +145,7 @@ class Folder:
 
     def write(self, texts: Mapping[str, str]) -> None:
         for name, text in texts.items():
-            beside = self.root / f"{name}.partial"
-            beside.write_text(text, encoding="utf-8", newline="\n")
-            os.replace(beside, self.root / name)
+            write_whole(self.root / name, text)
 
 
 class Address:
@@ -155,10 +159,10 @@ class Address:
         try:
             self._files, self._root = fsspec.core.url_to_fs(self.address)
         except (ValueError, ImportError, OSError) as error:
-            raise RequestError(f"--output {_without_password(address)} cannot be written to: {error}") from error
+            raise RequestError(f"output {_without_password(address)} cannot be written to: {error}") from error
         if "@" in address.split("://", 1)[1].split("/")[0] and ":" in address.split("://", 1)[1].split("@")[0]:
             raise RequestError(
-                f"--output {_without_password(address)} holds a password, and would be kept in notebooks. Leave it "
+                f"output {_without_password(address)} holds a password, and would be kept in notebooks. Leave it "
                 "out and give it to fsspec: in its configuration, or in the environment."
             )
 
@@ -232,8 +236,6 @@ def _same(source: Path, target: Path) -> None:
 
     if source.is_dir():
         shutil.copytree(source, target, copy_function=link)
-    elif source.name == "run.json":
-        shutil.copy2(source, target)  # which is written in place
     else:
         link(str(source), str(target))
 
@@ -242,9 +244,20 @@ def relocate(run: Path, workshop: Path, address: str) -> None:
     """Have a run say of itself where it will lie, and not where it was made."""
     for path in (*run.glob("*.ipynb"), run / "report.json"):
         if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            if str(workshop) in text:
-                path.write_text(text.replace(str(workshop), address), encoding="utf-8")
+            text = moved = path.read_text(encoding="utf-8")
+            for here, there in zip(_as_written(str(workshop)), _as_written(address), strict=True):
+                moved = moved.replace(here, there)
+            if moved != text:
+                path.write_text(moved, encoding="utf-8")
+
+
+def _as_written(path: str) -> list[str]:
+    """How a path may stand in a JSON file: as it is, in a shell's quotes, in HTML, or as papermill writes a parameter;
+    and each of these with its letters beyond ASCII as they are, or escaped."""
+    quoted = path.replace("'", shlex.quote("'")[1:-1])
+    parameter = path.encode("unicode_escape").decode().replace('"', '\\"')
+    forms = (path, quoted, html.escape(path), html.escape(quoted), parameter)
+    return [json.dumps(one, ensure_ascii=escaped)[1:-1] for one in forms for escaped in (True, False)]
 
 
 def _settle(run: Path, record: Mapping[str, Any]) -> None:

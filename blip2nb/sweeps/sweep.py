@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2nb.errors import RequestError
+from blip2nb.resources import cores
 from blip2nb.sweeps import worker
 from blip2nb.sweeps.asked import Asked
 from blip2nb.sweeps.identity import key_of
@@ -158,7 +159,7 @@ def seconds(text: str | float) -> float:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d)?", str(text or 0).strip())
     if found is None:
-        raise RequestError(f"--timeout should be a time such as 90s, 15min or 2h, found {text!r}.")
+        raise RequestError(f"timeout should be a time such as 90s, 15min or 2h, found {text!r}.")
     return float(found[1]) * {"s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}[found[2] or "s"]
 
 
@@ -204,9 +205,9 @@ def _cluster(scheduler: str, workers: int, runs: int) -> Iterator[tuple[distribu
         with cluster.remote(scheduler) as client:
             yield client, 0
     else:
-        cores = cluster.cores()
-        with cluster.local(min(workers or cores, runs)) as client:
-            yield client, cores
+        here = cores()
+        with cluster.local(min(workers or here, runs)) as client:
+            yield client, here
 
 
 def _make(client: distributed.Client, cores: int, todo: Sequence[tuple[Asked, Task]]) -> Iterator[dict[str, Any]]:

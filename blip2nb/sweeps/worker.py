@@ -20,11 +20,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from blip2nb.resources import CORES
 from blip2nb.sweeps.leftovers import end, end_leftovers, family, note_processes
 from blip2nb.sweeps.place import FAILED, RECORD, Place, place, relocate
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", CORES)
 _LOOK = 0.5  # seconds between two looks at the clock, and at whether the run is still wanted
 
 
@@ -76,7 +77,7 @@ def run(task: Task, threads: int, say: Callable[..., None], wanted: Callable[[],
     """Execute a task and put what it leaves in its place.
 
     Args:
-        threads: for the libraries' arithmetic.
+        threads: for the libraries' arithmetic, and for copying: its share of the machine.
         say: told of each cell as it begins: `cell`, `of`, `title`.
         wanted: asked now and then; where it says no, everything is ended and nothing is left.
 
@@ -193,7 +194,11 @@ def _attend(
             process.stdin.close()  # type: ignore[union-attr]
     if "done" in said or "error" in said:
         return said
-    return {"error": _died(status), "kind": "Died", "traceback": (workshop / "log").read_text(errors="replace")[-4000:]}
+    return {
+        "error": _died(status),
+        "kind": "Died",
+        "traceback": (workshop / "log").read_text(errors="replace", encoding="utf-8")[-4000:],
+    }
 
 
 def _watch(
@@ -219,7 +224,7 @@ def _watch(
         if not wanted():
             raise _NotWanted
         if time.monotonic() > deadline:
-            return {"error": f"Not finished after {duration(task.timeout)}, and ended: --timeout.", "kind": "Timeout"}
+            return {"error": f"Not finished after {duration(task.timeout)}, and ended: timeout.", "kind": "Timeout"}
 
 
 def _read(pipe: Any, lines: queue.Queue[bytes | None]) -> None:
@@ -248,14 +253,14 @@ def _judge(task: Task, made: Path, said: Mapping[str, Any]) -> dict[str, Any]:
     and the report in words."""
     verdict = ""
     if (made / "report.json").is_file():
-        verdict = json.loads((made / "report.json").read_text())["verdict"]
+        verdict = json.loads((made / "report.json").read_text(encoding="utf-8"))["verdict"]
     found = "done" in said or (verdict == "diverges" and said.get("kind") == "AssertionError")
     if found:
         return task.outcome("finished", verdict=verdict, folder=task.name)
     error = _ANSI.sub("", said["error"])
     kind = said["kind"]
     if kind == "DeadKernelError":
-        error = "The notebook's kernel died: often that is a lack of memory. Fewer --workers need less."
+        error = "The notebook's kernel died: often that is a lack of memory. Fewer workers need less."
     elif kind not in ("RequestError", "Timeout", "Died") and not error.startswith(kind):
         error = f"{kind}: {error}"
     traceback = _ANSI.sub("", said.get("traceback", ""))

@@ -108,8 +108,8 @@ def _wrap(module, named, out):
     original = module.forward
     signature = inspect.signature(original)
     for path, arguments in named:
-        for argument in set(arguments) - {None, "0"}:
-            if argument not in signature.parameters:
+        for argument in arguments:
+            if argument not in (None, "0", *signature.parameters):
                 raise TypeError("{}.forward has no argument {!r}, only {}".format(path, argument, signature))
 
     def forward(*args, **kwargs):

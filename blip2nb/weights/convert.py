@@ -103,20 +103,20 @@ class Manifest:
         return variant_of(self.variant)
 
     def write(self, folder: Path) -> None:
-        (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Raises RequestError when the folder is not one of ours."""
         try:
-            return cls(**json.loads((folder / MANIFEST).read_text()))
+            return cls(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RequestError(
                 f"{folder} has no {MANIFEST}: expected a directory that `blip2nb convert` wrote. Convert it first."
             ) from error
         except (ValueError, TypeError) as error:
             raise RequestError(
-                f"{folder / MANIFEST} is damaged or of another version ({error}). Convert again with --overwrite."
+                f"{folder / MANIFEST} is damaged or of another version ({error}). Convert again with overwrite."
             ) from error
 
 
@@ -148,7 +148,7 @@ def write_weights(
             file says; an alias disagrees with its original; a dropped buffer is not what transformers would recompute.
     """
     if dtype not in CASTS:
-        raise RequestError(f"--dtype should be one of {', '.join(CASTS)}, found {dtype!r}.")
+        raise RequestError(f"dtype should be one of {', '.join(CASTS)}, found {dtype!r}.")
     slots = target_slots(plan, source, dtype)
     shards = shard(slots, parse_size(max_shard_size))
     noted = {one["target"]: one for one in work.done}
@@ -330,7 +330,7 @@ class _Copy:
         if not is_finite(made, self.slot.dtype):
             raise RequestError(
                 f"{self.entry.sources[0]} holds values up to {largest(piece, dtype):.4g}, too large for "
-                f"{self.slot.dtype}. Use --dtype auto, float32 or bfloat16."
+                f"{self.slot.dtype}. Use dtype auto, float32 or bfloat16."
             )
         return made
 

@@ -133,10 +133,11 @@ def remote_size(part: Part, timeout: float = 5.0) -> int | None:
     sizes: queue.SimpleQueue[int | None] = queue.SimpleQueue()
 
     def ask() -> None:
-        size = None
-        with contextlib.suppress(Exception):  # whatever keeps a server from answering: the size is not known
-            size = _announced_size(part, timeout)
-        sizes.put(size)
+        try:
+            sizes.put(_announced_size(part, timeout))
+        except Exception:  # whatever keeps a server from answering: the size is not known
+            log.debug("the size of %s is not known", part.name, exc_info=True)
+            sizes.put(None)
 
     # in a thread that may be left behind, since looking up a server's address obeys no timeout
     threading.Thread(target=ask, daemon=True).start()
@@ -186,7 +187,7 @@ def _fetch(variant: Variant, missing: list[Part]) -> None:
         raise RequestError(
             f"{variant.name} needs files that are not on this machine and could not be fetched ({_reason(error)}): "
             f"{names}. Put them into one folder, {variant.language_folder}/ being {variant.language_model} with its "
-            "tokenizer, and give it with --source FOLDER."
+            "tokenizer, and give its folder as source."
         ) from error
 
 
@@ -475,7 +476,7 @@ class _Partial:
     def known(self) -> _Remote | None:
         """What it is part of, if it can be gone on with."""
         try:
-            remote = _Remote(**json.loads(self._notes.read_text()))
+            remote = _Remote(**json.loads(self._notes.read_text(encoding="utf-8")))
             return remote if remote.url == self.url and 0 < self.size() <= remote.total else None
         except (OSError, ValueError, TypeError):
             return None
@@ -490,7 +491,7 @@ class _Partial:
 
     def begin(self, remote: _Remote) -> None:
         self.drop()
-        self._notes.write_text(json.dumps(dataclasses.asdict(remote), indent=1))
+        self._notes.write_text(json.dumps(dataclasses.asdict(remote), indent=1), encoding="utf-8")
         self.begun = True
         self._md5, self._hashed = hashlib.md5(usedforsecurity=False), 0
 

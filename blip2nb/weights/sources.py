@@ -124,7 +124,7 @@ def holds_weights(folder: Path) -> bool:
 def _shards(index: Path) -> list[Path]:
     """The files an index names. One that points outside its folder is refused, not followed."""
     try:
-        weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
+        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise RequestError(f"{index} is not an index of shards ({error!r}). Download or copy it again.") from error
@@ -139,6 +139,13 @@ def _shards(index: Path) -> list[Path]:
 
 
 # -- a whole model
+
+
+_CONFIGURATION = (
+    "added_tokens.json", "chat_template.jinja", "config.json", "merges.txt", "special_tokens_map.json", "spiece.model",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+"""What is read of a language model's folder beside its weights. Whatever else lies there is not looked at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +177,10 @@ class Files:
     def weight_files(self) -> list[Path]:
         """Every file that weights are read from."""
         return [file for path in self.parts() for file in (weight_files(path) if path.is_dir() else [path])]
+
+    def configuration_files(self) -> list[Path]:
+        """The files that the language model's configuration and tokenizer are read from."""
+        return [self.language / name for name in _CONFIGURATION if (self.language / name).is_file()]
 
     def __str__(self) -> str:
         return " ∪ ".join(str(path) for path in self.parts())
@@ -229,13 +240,14 @@ def open_model(files: Files, variant: Variant) -> Assembled:
     if missing:
         raise RequestError(
             f"{variant.name} needs {', '.join(path.name for path in missing)}, not found in {missing[0].parent}. "
-            f"Give a folder that holds {', '.join(path.name for path in files.parts())} with --source."
+            f"Give a folder that holds {', '.join(path.name for path in files.parts())} as source."
         )
     parts: list[Source]
     if files.base is not None:
         parts = [_as_lavis(open_folder(files.base), variant)]
     else:
-        assert files.vision is not None
+        if files.vision is None:
+            raise ValueError("Without a base a model has a vision file.")
         language = open_folder(files.language)
         parts = [
             {f"visual_encoder.{name}": stored for name, stored in open_file(files.vision).items()},

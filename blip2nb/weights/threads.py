@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
+
+from blip2nb.resources import cores
 
 _WAITING = 2  # threads beyond one for each core, since some are waiting for the disk
 
@@ -32,7 +33,7 @@ _work = threading.local()
 
 
 def at_once(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Do the jobs in some more threads than there are cores; their results, in order.
+    """Do the jobs in some more threads than this process has cores; their results, in order.
 
     The first error, or an interruption, ends the others at their next `go_on`, and is raised when they have ended.
     """
@@ -43,7 +44,7 @@ def at_once(jobs: Sequence[Callable[[], Any]]) -> list[Any]:
         go_on()
         return job()
 
-    with _interruption_ends(stop), ThreadPoolExecutor((os.cpu_count() or 2) + _WAITING) as pool:
+    with _interruption_ends(stop), ThreadPoolExecutor(cores() + _WAITING) as pool:
         futures = [pool.submit(run, job) for job in jobs]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)

@@ -227,7 +227,7 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
         weight_map = {slot.name: shard.name for shard in shards for slot in shard.slots}
         total = sum(slot.size for shard in shards for slot in shard.slots)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -317,7 +317,7 @@ def unfinished_directory(target: Path, identity: str) -> Iterator[Unfinished]:
         lock.acquire()
     except Timeout as error:
         raise RequestError(
-            f"Another run is writing {target} now. Wait until it has finished, or name another --output."
+            f"Another run is writing {target} now. Wait until it has finished, or name another output."
         ) from error
     except OSError as error:
         _remove_empty(new)
@@ -402,12 +402,12 @@ def _is_full(folder: Path) -> bool:
 
 def _cannot_write(target: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"The disk is full: {target} did not fit, and nothing was left. Make room, or name another --output."
+        return f"The disk is full: {target} did not fit, and nothing was left. Make room, or name another output."
     if error.errno == errno.EFBIG:
-        return f"A file of {target} is larger than may be written here. Use a smaller --max-shard-size."
+        return f"A file of {target} is larger than may be written here. Use a smaller max_shard_size."
     if isinstance(error, FileExistsError | NotADirectoryError):
-        return f"{target} cannot be made: {error.filename} is a file. Name another --output."
-    return f"{target} cannot be written ({error.strerror or error}). Name another --output."
+        return f"{target} cannot be made: {error.filename} is a file. Name another output."
+    return f"{target} cannot be written ({error.strerror or error}). Name another output."
 
 
 def sync(path: Path) -> None:
