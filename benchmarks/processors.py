@@ -125,9 +125,15 @@ def _cells(options: argparse.Namespace, scratch: Path) -> Iterator[Cell]:
     for setting in settings:
         for threads in options.threads:
             asked = _ask(
-                scratch, setting=setting, threads=threads, recordings=recordings, settings=settings, twins=options.twins,
-                faulty=options.faulty, faults=options.faults,
-            )  # fmt: skip
+                scratch,
+                setting=setting,
+                threads=threads,
+                recordings=recordings,
+                settings=settings,
+                twins=options.twins,
+                faulty=options.faulty,
+                faults=options.faults,
+            )
             said = _run([sys.executable, "-m", "benchmarks.processors", "--cell", asked], environment(setting, threads))
             cell = Cell(**json.loads(said.splitlines()[-1]))
             print(f"{setting}, {threads} threads: {len(cell.alarms)} alarms, {len(cell.wrong)} wrong", flush=True)
@@ -151,7 +157,7 @@ def _run(command: Sequence[object], variables: Mapping[str, str]) -> str:
 
 
 def measured(asked: Mapping[str, Any]) -> Cell:
-    """What this process says of the right models and of the faulty ones; or records the layers, where asked for that."""
+    """What this process says of right models and of faulty ones; or, where asked for that, it records the layers."""
     scratch = Path(asked["scratch"])
     if "record" in asked:
         torch.save({name: layer() for name, layer in LAYERS.items()}, scratch / f"{asked['record']}.layers.pt")

@@ -16,8 +16,9 @@ Two float32 computations of one function are as far from the exact value as each
 by 1/√N about 0, N being the number of values that carry the error, and another order of summation moves it as a whole.
 On unbroken pairs of LAVIS and transformers (`python -m benchmarks.false_alarms`: seven twins and full-size blocks,
 seeds, inputs, 1 to 4 threads) it stayed within 0.64 and 1.58, and within 0.44 and 1.5 for recordings made with another
-processor's instructions. The tail falls off at least exponentially; continued, it passes 3 about once in a million
-stages. A fault of f times the rounding gives √(1 + f²): from 2.8 roundings on it is above 3.
+processor's instructions, but where a stage only adds up products (see `judge`, `least`). The tail falls off at least
+exponentially; continued, it passes 3 about once in a million stages. A fault of f times the rounding gives √(1 + f²):
+from 2.8 roundings on it is above 3.
 """
 
 UNIT = 2.0**-24
