@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -56,12 +57,15 @@ TABLE = [Stage("block", "0", "0", inputs={"x": ":x"}, modules={"fc1": "fc1", "fc
 
 
 def compared(
-    theirs: Callable[[torch.Tensor], torch.Tensor], ours: Callable[[torch.Tensor], torch.Tensor]
+    theirs: Callable[[torch.Tensor], torch.Tensor],
+    ours: Callable[[torch.Tensor], torch.Tensor],
+    fault: Callable[[TwoMatrices], object] = lambda block: None,
 ) -> Comparison:
     torch.manual_seed(0)
     reference = torch.nn.Sequential(TwoMatrices(theirs)).eval()
     candidate = torch.nn.Sequential(TwoMatrices(ours)).eval()
     candidate.load_state_dict(reference.state_dict())
+    fault(candidate[0])
     return compare(reference, candidate, TABLE, noise(2, 10, 16))
 
 
@@ -103,6 +107,16 @@ def test_a_function_that_another_library_rounds_less_is_no_fault() -> None:
     for theirs, ours in ((worse, exact), (exact, worse)):
         pair = (torch.nn.Sequential(Function(one)).eval() for one in (theirs, ours))
         assert compare(*pair, table, noise(2, 10, 16)).faults == []
+
+
+def test_nor_is_it_one_beside_a_fault() -> None:
+    right = torch.nn.functional.gelu
+    worse = lambda x: badly_rounded(right(x.double()), 2).to(x.dtype)  # noqa: E731
+    exact = lambda x: right(x.double()).to(x.dtype)  # noqa: E731
+    for theirs, ours in ((worse, exact), (exact, worse)):
+        ours = right if ours is worse else ours
+        found = compared(theirs, ours, lambda block: block.fc2.bias.data.copy_(block.fc2.bias.data.roll(1)))
+        assert [(one.module, one.causes[0].id) for one in found.findings] == [("0.fc2", "bias_shifted")]
 
 
 def test_the_eps_of_a_norm_is_told_to_a_few_roundings_however_badly_it_is_rounded() -> None:
@@ -173,6 +187,34 @@ def test_an_almost_empty_image_is_no_fault_in_whatever_order_patches_are_added_u
     assert found.faults == []
     candidate[0].bias.data[3] += 1e-3
     assert [one.causes[0].id for one in compare(reference, candidate, PATCHES, empty).findings] == ["bias_changed"]
+
+
+class Matrix(torch.nn.Module):
+    """A matrix inside a stage; `bias` says how often its bias is added, `slow` that it adds one product at a time."""
+
+    def __init__(self, bias: int = 1, slow: bool = False) -> None:
+        super().__init__()
+        self.fc, self.bias, self.slow = torch.nn.Linear(588, 64), bias, slow
+        self.fc.forward = self._product  # type: ignore[method-assign]
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        with one_by_one() if self.slow else contextlib.nullcontext():
+            return torch.nn.functional.linear(x, self.fc.weight, self.bias * self.fc.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.fc(x))
+
+
+def test_what_a_matrix_was_used_for_is_told_in_whatever_order_the_reference_adds_up() -> None:
+    torch.manual_seed(0)
+    reference = torch.nn.Sequential(Matrix(slow=True)).eval()
+    candidate = torch.nn.Sequential(Matrix(bias=2)).eval()
+    candidate.load_state_dict(reference.state_dict())
+    table = [Stage("matrix", "0", "0", inputs={"x": ":x"}, modules={"fc": "fc"})]
+    found = compare(reference, candidate, table, 1e-2 * noise(1, 20, 588)).findings
+    assert [(one.module, str(one.causes[0].id)) for one in found] == [("0.fc", "bias_changed")]
+    assert "twice" in found[0].causes[0].words
+    assert found[0].causes[0].proven
 
 
 def test_adding_one_by_one_is_the_same_convolution() -> None:
