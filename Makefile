@@ -13,7 +13,8 @@ STRIP := -m nbstripout --keep-id --drop-tagged-cells injected-parameters \
 	metadata.language_info.codemirror_mode metadata.language_info.file_extension metadata.language_info.mimetype \
 	metadata.language_info.nbconvert_exporter metadata.language_info.pygments_lexer metadata.language_info.version"
 
-.PHONY: help demo test extended lint lab setup both browser lavis twins tapes picture docs filter strip bench sweeps rates clean
+.PHONY: help demo test extended lint lab setup both browser lavis twins tapes picture docs filter strip bench sweeps rates \
+	processors clean
 .NOTPARALLEL:  # two notebooks at once would write to one run
 
 help:  ## what can be made
@@ -88,6 +89,9 @@ rates: setup lavis  ## how often faults are found, how often one is imagined, wh
 	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.false_alarms
 	$(BIN)/python -m benchmarks.verification
+
+processors: setup lavis  ## the same verdicts and causes with other processors' instructions, and 1 to 4 threads: half an hour
+	$(BIN)/python -m benchmarks.processors
 
 clean:  ## remove the environments, the book and everything in outputs/
 	rm -rf .venv .venv-lavis .transformers4 .browser $(BOOK) $(filter-out outputs/README.md,$(wildcard outputs/*))

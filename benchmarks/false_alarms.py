@@ -37,6 +37,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import machine
 from benchmarks.alarm_rates import OTHER, page
 from benchmarks.process import ROOT, BenchmarkError
+from benchmarks.processors import SETTINGS
 from blip2nb.models import configuration, directory, huggingface, inputs, tiny
 from blip2nb.models.files import open_source
 from blip2nb.models.stages import parameter_pairs, stages
@@ -57,7 +58,7 @@ TWIN_INPUTS = ("picture", "noise", "flat", "batch")
 BLOCK_INPUTS = 4  # scales of the inputs for each set of weights
 HALF_EVERY = 2  # half precision runs on every second input
 
-OLD_PROCESSOR = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+OLD_PROCESSOR = SETTINGS["default"]
 """What makes MKL, PyTorch and oneDNN compute with the instructions that every x86 processor has."""
 
 Row = dict[str, Any]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import browser
+import interrupts
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -30,6 +31,7 @@ settings.register_profile(
     "kit", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("kit")
+interrupts.heard()
 torch.set_num_threads(1)  # twins are small, and threads that wait for each other are slow on a busy machine
 
 

@@ -21,7 +21,7 @@ from blip2nb.models import configuration, evidence, huggingface
 from blip2nb.models.lavis import in_batches
 from blip2nb.trace.comparison import Comparison, StageResult, compare
 from blip2nb.trace.diagnose import AttributeDifference, repaired
-from blip2nb.trace.metrics import compare_logits, kl_per_position
+from blip2nb.trace.metrics import FEW, compare_logits, kl_per_position
 from blip2nb.variants import Variant
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class Measured:
         stages: in the order of the network.
         faults: names of those where more than rounding happens.
         logits: as `compare_logits` gives them.
+        rounding: what the logits are off in any case, where the two models' happen to be equal.
         kl, max_abs, same: of each position's next token: KL divergence in nats, the largest difference of a logit, and
             whether the likeliest is the same. (positions,) each.
     """
@@ -87,6 +88,7 @@ class Measured:
     kl: np.ndarray
     max_abs: np.ndarray
     same: np.ndarray
+    rounding: float = 0.0
 
     @classmethod
     def of(cls, found: Comparison, expected: torch.Tensor) -> Measured:
@@ -99,13 +101,13 @@ class Measured:
             apart = (ours - expected)[0].abs().amax(-1)
             each = (kl_per_position(ours, expected).float().numpy(), apart.numpy(), same.float().numpy())
         faults = tuple(stage.name for stage in found.faults)
-        return cls(found.stages, faults, compare_logits(ours, expected), *each)
+        return cls(found.stages, faults, compare_logits(ours, expected), *each, FEW * expected.abs().max().item())
 
     @property
     def error(self) -> float | None:
         """How far the logits are off by rounding alone; None where it is not rounding alone, or not a number."""
         largest = self.logits["max_abs"]
-        return None if self.faults or not math.isfinite(largest) else largest
+        return None if self.faults or not math.isfinite(largest) else max(largest, self.rounding)
 
 
 @dataclasses.dataclass(frozen=True)

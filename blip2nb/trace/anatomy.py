@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
+from blip2nb.trace.metrics import FEW
+
 LETTERS = {"q": "q", "k": "k", "v": "v"} | {
     f"{word}{ending}": word[0] for word in ("query", "key", "value", "q", "k", "v") for ending in ("", "_proj")
 }
@@ -94,7 +96,7 @@ def activations(model: nn.Module) -> list[tuple[str, str]]:
         for path, module in model.named_modules():
             if path and not any(True for _ in module.parameters()) and not list(module.children()):
                 with contextlib.suppress(Exception):  # whatever else has no parameters may want other arguments
-                    kind = [name for name, value in known.items() if torch.allclose(module(probe), value, atol=1e-6)]
+                    kind = [name for name, value in known.items() if torch.allclose(module(probe), value, atol=FEW)]
                     found += [(path, kind[0])] if kind else []
     return found
 

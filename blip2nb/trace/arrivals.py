@@ -10,7 +10,7 @@ import torch
 
 from blip2nb.trace.causes import Cause, CounterTest
 from blip2nb.trace.computing import pattern
-from blip2nb.trace.metrics import distance
+from blip2nb.trace.metrics import CEILING, FEW, UNIT, distance
 from blip2nb.trace.weights import proportion, row_order
 
 
@@ -43,7 +43,7 @@ def explain(
         return Cause("not_a_number", f"NaN or infinity arrives as {name}", module, "the reference has numbers there")
     if not found.any():
         return Cause("unknown", f"nothing but zeros arrives as {name}", module, "all values are zero")
-    factor = proportion(found, expected, within=1e-5)
+    factor = proportion(found, expected, within=FEW)
     if factor is not None:
         id = "logits_scale" if "head" in module.rpartition(".")[2] else "embedding_scale"
         return Cause(id, f"{name} is {factor:.6g} × what it should be", module, "they are proportional",
@@ -55,14 +55,14 @@ def explain(
             )
     rows = [one.reshape(-1, one.shape[-1]) for one in (found, expected)]
     some = (rows[0] != rows[1]).any(-1)
-    part = proportion(rows[0][some], rows[1][some], within=1e-5)
+    part = proportion(rows[0][some], rows[1][some], within=FEW)
     if part is not None:
         words = f"{int(some.sum())} of {len(some)} positions of {name} are {part:.6g} × what they should be"
         return Cause("embedding_scale", words, module, "they are proportional")
     order = row_order(*rows)
     if order is not None:
         return _rows(module, name, order, rows)
-    said = pattern(found, expected, 1e-7)
+    said = pattern(found, expected, UNIT)
     return Cause(*said, module, "its pattern") if said else Cause("unknown", f"{name} differs", module, "compared")
 
 
@@ -96,25 +96,25 @@ def image(module: str, found: torch.Tensor, expected: torch.Tensor) -> Cause:
     """What was done to pixel values, (images, 3, height, width)."""
     a, b = found.double(), expected.double()
     for order in itertools.permutations(range(3)):
-        if list(order) != [0, 1, 2] and distance(a[:, list(order)], b) < 1e-6:
+        if list(order) != [0, 1, 2] and distance(a[:, list(order)], b) < FEW:
             words = f"the colour channels stand in the order {list(order)}"
             return Cause("channel_order", words, module, "with the order undone the pixels are equal",
                          _undone("with the order undone", found[:, list(order)], found, expected))  # fmt: skip
     fits, remade = _affine(a, b)
     left = distance(remade, b)
-    same = all(math.isclose(slope, 1, rel_tol=1e-4) and abs(offset) < 1e-4 for slope, offset in fits)
-    if left < 1e-4 and not same:
+    same = all(math.isclose(slope, 1, rel_tol=CEILING) and abs(offset) < CEILING for slope, offset in fits)
+    if left < CEILING and not same:
         words = ", ".join(f"{slope:.4g} × + {offset:.4g}" for slope, offset in fits)
         return Cause("image_mean_std", f"each channel is the right one with a factor and an offset: {words}", module,
                      "by least squares", _undone("with factor and offset undone", remade, found, expected))  # fmt: skip
     for order in itertools.permutations(range(3)):  # exchanged before each channel got its mean and deviation
         back, undone = a[:, list(order)], _affine(a[:, list(order)], b)[1]
-        if list(order) != [0, 1, 2] and distance(undone, b) < 1e-4:
+        if list(order) != [0, 1, 2] and distance(undone, b) < CEILING:
             words = f"the colour channels stand in the order {list(order)}"
             return Cause("channel_order", words, module, "exchanged before mean and deviation were taken off",
                          _undone("with the order undone", undone, back, expected))  # fmt: skip
     for words, dims in (("mirrored", (3,)), ("upside down", (2,)), ("turned by 180°", (2, 3))):
-        if distance(a.flip(dims), b) < 1e-6:
+        if distance(a.flip(dims), b) < FEW:
             return Cause("pixels", f"the image is {words}", module, "undone, the pixels are equal")
     related = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
     if related > 0.9:
@@ -140,7 +140,8 @@ def _affine(found: torch.Tensor, expected: torch.Tensor) -> tuple[list[tuple[flo
 
 def _undone(change: str, remade: torch.Tensor, found: torch.Tensor, expected: torch.Tensor) -> CounterTest:
     before, after = distance(found, expected), distance(remade.to(expected.dtype), expected)
-    return CounterTest(change, (before, after), (math.inf, 1.0 if after < 1e-5 else math.inf), after < 1e-5)
+    passed = after < CEILING
+    return CounterTest(change, (before, after), (math.inf, 1.0 if passed else math.inf), passed)
 
 
 def _share(found: torch.Tensor, expected: torch.Tensor) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import html
 import math
 from collections import Counter
@@ -22,15 +23,26 @@ import torch
 
 from blip2nb.trace import arrivals
 from blip2nb.trace.causes import Cause, CounterTest
-from blip2nb.trace.diagnose import REPEATS, SETTINGS, Finding, Known, arriving_weights, diagnose, ranked, still
+from blip2nb.trace.diagnose import (
+    REPEATS,
+    SETTINGS,
+    Finding,
+    Known,
+    arriving_weights,
+    diagnose,
+    ranked,
+    repeated,
+    still,
+)
 from blip2nb.trace.inside import Suspect, parameters_of, part_of
-from blip2nb.trace.metrics import THRESHOLD, distance, exceeds, judge, judge_alone, unit
-from blip2nb.trace.precision import HALF, Weights, in_float64
+from blip2nb.trace.metrics import CEILING, FEW, THRESHOLD, distance, exceeds, judge, judge_alone, unit
+from blip2nb.trace.precision import HALF, Weights, in_float64, one_by_one, only_sums
 from blip2nb.trace.stage import Stage, places, places_inside
 from blip2nb.trace.tape import Tape, first_tensor, recording, split_place, with_first
 
-ARRIVAL_TOLERANCE = 1e-6
-"""Between stages at most one float32 addition happens (2⁻²⁴ relative, 6e-8); an arrival error above this is a fault."""
+ARRIVAL_TOLERANCE = FEW
+"""Between stages a few additions happen at most, which round alike on every processor; an arrival error above this is a
+fault."""
 
 Inputs: TypeAlias = Mapping[str, Any] | Sequence[Any] | torch.Tensor
 
@@ -608,7 +620,8 @@ class _Forcing:
         else:
             try:
                 exact = self._referee(stage, module, args, kwargs)
-                self.local[stage.name] = judge(found, expected, exact, self._unit(module), self.cast == 0)
+                least = functools.partial(self._least, stage, module, args, kwargs)
+                self.local[stage.name] = judge(found, expected, exact, self._unit(module), self.cast == 0, least)
             except (RuntimeError, TypeError, ValueError):  # it casts, or calls what was not widened
                 self.local[stage.name] = judge_alone(found, expected)
         excess = self.local[stage.name]["excess"]
@@ -620,6 +633,17 @@ class _Forcing:
         if expected.dim() == 3 and found.shape == expected.shape:
             error = (found.cpu().double() - expected.double()).norm(dim=-1)
             self.token_errors[stage.name] = (error / expected.double().norm(dim=-1).clamp_min(1e-300)).float()
+
+    def _least(self, stage: Stage, module: torch.nn.Module, args: tuple, kwargs: dict, exact: torch.Tensor) -> float:
+        """How near any correct computation must come to the exact one, where the candidate's own rounding does not say
+        it: a stage without weights is a function, of which libraries are allowed a few roundings; where a stage only
+        adds up products, the order of adding decides, and the least exact one is tried."""
+        if not list(module.parameters()):
+            return FEW / THRESHOLD
+        if not only_sums(module):
+            return 0.0
+        with self._aside(stage), one_by_one():
+            return distance(first_tensor(module(*args, **kwargs)), exact)
 
     def _not_repeatable(
         self, stage: Stage, module: torch.nn.Module, args: tuple, kwargs: dict, found: torch.Tensor
@@ -634,7 +658,7 @@ class _Forcing:
             return False
         with self._aside(stage):
             again = (first_tensor(module(*args, **kwargs)) for _ in range(REPEATS))
-            if all(torch.equal(one, found) for one in again):
+            if all(repeated(found, one) for one in again):
                 return False
         self.local[stage.name] = {**result, "excess": math.inf}
         return True
@@ -669,5 +693,5 @@ class _Forcing:
             self._seen_by_referee = None
 
 
-COARSE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.3}
+COARSE = {torch.float64: 1e-10, torch.float32: CEILING, torch.float16: 0.1, torch.bfloat16: 0.3}
 """A rounding error above this is looked at twice: is it rounding at all?"""

@@ -3,6 +3,10 @@
 Each function tries the computations that networks use there, in float64, on the inputs that were recorded, until one
 gives the output: of the reference's output and of the candidate's. Where the two have different explanations, their
 difference is the cause. None of them needs the weights to be wrong or the code to be known.
+
+`within` is how near the caller's own rounding comes. Who made the recording may have rounded worse, on another
+processor or with another library: what fits best is recognised as well where it is as near as any correct computation
+of that very function comes (see `allowed`).
 """
 
 from __future__ import annotations
@@ -13,8 +17,11 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
+
+from blip2nb.trace.metrics import CEILING, FEW, THRESHOLD, UNIT
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": torch.nn.functional.gelu,
@@ -38,6 +45,9 @@ NORMS = ("layer", "rms", "layer with eps outside", "layer with eps outside, unbi
 EPS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-7, 1e-3, 1e-4, 1e-2, 0.0)
 
 
+T = TypeVar("T")
+
+
 def off(value: torch.Tensor, wanted: torch.Tensor) -> float:
     """‖value − wanted‖ ÷ ‖wanted‖; infinite where they do not fit."""
     if value.shape != wanted.shape:
@@ -46,24 +56,46 @@ def off(value: torch.Tensor, wanted: torch.Tensor) -> float:
     return error.item() if error.isfinite() else math.inf
 
 
+def allowed(within: float, rounding: float) -> float:
+    """How near a computation that is recognised comes to what was recorded.
+
+    Args:
+        within: as near, in any case, as this.
+        rounding: the same computation's distance in float32, here, to float64 on the same inputs, which says how
+            well-conditioned it is; others may round a few times more.
+    """
+    return max(within, min(max(THRESHOLD * rounding, FEW), CEILING))
+
+
+def likeliest(errors: Mapping[T, float]) -> T:
+    """The first, unless one behind it fits twice as well: rounding alone moves an error less than that."""
+    best = next(iter(errors))
+    for one, error in errors.items():
+        if error < errors[best] / 2:
+            best = one
+    return best
+
+
 # -- activations
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Activation:
-    """Which function, and what it gives."""
+    """Which function, what it gives, and how far float32 is from that here."""
 
     name: str
     value: torch.Tensor
+    rounding: float = 0.0
 
 
 def activation(pieces: Sequence[torch.Tensor], wanted: torch.Tensor, within: float) -> Activation | None:
     """Which function makes `wanted` of what the layers before it gave: of one, or of two where one gates the other."""
-    best, error = None, within
-    for one in _activated(pieces):
-        if (now := off(one.value, wanted)) < error:
-            best, error = one, now
-    return best
+    best, error = None, math.inf
+    single = [piece.float() for piece in pieces]
+    for exact, rounded in zip(_activated(pieces), _activated(single), strict=True):
+        if (now := off(exact.value, wanted)) < error:
+            best, error = dataclasses.replace(exact, rounding=off(rounded.value, exact.value)), now
+    return best if best is not None and error <= allowed(within, best.rounding) else None
 
 
 def _activated(pieces: Sequence[torch.Tensor]) -> Iterable[Activation]:
@@ -87,6 +119,18 @@ class Norm:
     params: str
     bias: bool = True
 
+    def of(
+        self, x: torch.Tensor, params: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """What it gives for x, computed in a dtype."""
+        weight, bias = params[self.params]
+        value = normalised(x.to(dtype), self.kind, self.eps) * weight.to(dtype)
+        return value + bias.to(dtype) if self.bias and bias is not None else value
+
+    def rounding(self, x: torch.Tensor, params: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]]) -> float:
+        """How far float32 is from what it gives, here."""
+        return off(self.of(x, params, torch.float32), self.of(x, params, torch.float64))
+
 
 def norm(
     x: torch.Tensor, wanted: torch.Tensor, params: Mapping[str, tuple[torch.Tensor, torch.Tensor | None]], within: float
@@ -98,16 +142,21 @@ def norm(
         params: name -> weight and bias of the norms that may have been meant, the likeliest first.
     """
     wide = {name: (w.double(), None if b is None else b.double()) for name, (w, b) in params.items()}
+    errors: dict[Norm, float] = {}
     for name, (weight, bias) in wide.items():
         for kind in NORMS:
             for biased in (True, False) if bias is not None else (True,):
                 shift = bias if biased and bias is not None else torch.zeros_like(weight)
                 if weight.shape[-1] != x.shape[-1]:
                     continue
-                eps = _eps_of(x, wanted, weight, shift, kind, within)
-                if eps is not None:
-                    return Norm(kind, eps, name, biased)
-    return None
+                eps, error = _eps_of(x, wanted, weight, shift, kind, within)
+                one = Norm(kind, eps, name, biased)
+                if error <= within:
+                    return one
+                errors[one] = error
+    best = likeliest(errors) if errors else None
+    near = best is not None and errors[best] < CEILING
+    return best if best and near and errors[best] <= allowed(within, best.rounding(x, params)) else None
 
 
 def normalised(x: torch.Tensor, kind: str, eps: float) -> torch.Tensor:
@@ -120,20 +169,22 @@ def normalised(x: torch.Tensor, kind: str, eps: float) -> torch.Tensor:
 
 def _eps_of(
     x: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, kind: str, within: float
-) -> float | None:
-    """The eps with which the norm gives `wanted`: one that is in use, else what each position says of it."""
+) -> tuple[float, float]:
+    """The eps with which the norm comes nearest to `wanted`, and how near: one that is in use, or what the positions
+    say of it where that fits much better."""
     errors = {eps: off(normalised(x, kind, eps) * weight + bias, wanted) for eps in EPS}
     best = min(errors, key=errors.__getitem__)
     if errors[best] <= within:
-        return best
+        return best, errors[best]
     centred = x if kind == "rms" else x - x.mean(-1, keepdim=True)
     plain = centred * weight
     size = (plain * (wanted - bias)).sum(-1) / plain.square().sum(-1).clamp_min(1e-300)
     eps = (1 / size.square() - centred.square().mean(-1)).median().item()
-    for one in (float(f"{eps:.2g}"), eps):
-        if one > 0 and off(normalised(x, kind, one) * weight + bias, wanted) <= within:
-            return one
-    return None
+    fitted = [one for one in (float(f"{eps:.2g}"), eps) if one > 0]
+    tried = {best: errors[best]}
+    tried |= {one: off(normalised(x, kind, one) * weight + bias, wanted) for one in fitted if one not in tried}
+    best = likeliest(tried)
+    return best, tried[best]
 
 
 # -- sums
@@ -143,6 +194,8 @@ def summed(pieces: Mapping[str, torch.Tensor], wanted: torch.Tensor, within: flo
     """How often each piece is in a sum, by least squares; None where no sum of them gives it. Parts of less than a
     thousandth are left out."""
     usable = {name: piece for name, piece in pieces.items() if piece.shape == wanted.shape}
+    errors: dict[tuple[tuple[str, float], ...], float] = {}
+    limits: dict[tuple[tuple[str, float], ...], float] = {}
     for size in (2, 1, 3):
         for names in itertools.combinations(usable, size):
             columns = torch.stack([usable[name].double().flatten() for name in names], 1)
@@ -150,9 +203,23 @@ def summed(pieces: Mapping[str, torch.Tensor], wanted: torch.Tensor, within: flo
             if torch.linalg.matrix_rank(gram) < size:
                 continue
             factors = torch.linalg.solve(gram, columns.T @ wanted.double().flatten())
-            if off(columns @ factors, wanted.flatten()) <= within and bool((factors.abs() > 1e-3).all()):
-                return {name: round(factor.item(), 6) for name, factor in zip(names, factors, strict=True)}
-    return None
+            if not bool((factors.abs() > 1e-3).all()):
+                continue
+            limit = max(within, FEW * ((columns.norm(dim=0) * factors.abs()).sum() / wanted.double().norm()).item())
+            spread = limit * wanted.double().norm() * torch.linalg.inv(gram).diagonal().sqrt()
+            said = zip(names, map(_shortest, factors.tolist(), spread.tolist()), strict=True)
+            sum_ = tuple(said)
+            errors[sum_], limits[sum_] = off(columns @ factors, wanted.flatten()), limit
+            if errors[sum_] <= within:
+                return dict(sum_)
+    best = likeliest(errors) if errors else ()
+    return dict(best) if best and errors[best] <= limits[best] else None
+
+
+def _shortest(value: float, spread: float) -> float:
+    """The number with the fewest digits that a measured one may be."""
+    numbers = (float(f"{value:.{digits}g}") for digits in range(1, 7))
+    return next((one for one in numbers if abs(one - value) <= spread), round(value, 6))
 
 
 # -- attention
@@ -216,6 +283,14 @@ class Scores:
             out = out[:, list(how.heads_order)]
         return out.transpose(1, 2).flatten(2)
 
+    def rounding(self, how: Attention) -> float:
+        """How far float32 is from an attention's output, here."""
+        exact = self.output(how)
+        mask, bias = (None if one is None else one.float() for one in (self.mask, self.bias))
+        parts = {name: part.float() for name, part in self.parts.items()}
+        single = Scores(parts, self.rows, mask, bias).output(how)
+        return math.inf if exact is None or single is None else off(single, exact)
+
     def _part(self, name: str, number: int) -> torch.Tensor:
         own = self.parts[("query", "key", "value")[number]]
         return torch.zeros_like(own) if name == "zeros" else self.parts[name]
@@ -223,7 +298,13 @@ class Scores:
 
 def attention(scores: Scores, wanted: torch.Tensor, start: Attention, within: float) -> Attention | None:
     """Which attention gives `wanted`: the one to start from, else one that differs from it in one thing, or two."""
-    tried = functools.partial(_attention_off, scores, wanted)
+    errors: dict[Attention, float] = {}
+
+    def tried(how: Attention) -> float:
+        if how not in errors:
+            errors[how] = _attention_off(scores, wanted, how)
+        return errors[how]
+
     if tried(start) <= within:
         return start
     channels = scores.parts["query"].shape[-1]
@@ -237,8 +318,11 @@ def attention(scores: Scores, wanted: torch.Tensor, start: Attention, within: fl
     for how in _changes(best, channels, scores):
         if tried(how) <= within:
             return how
-    permuted = _heads_permuted(scores, wanted, start, within)
-    return permuted if permuted is not None else _fitted_scale(tried, start, within)
+    for other in (_heads_permuted(scores, wanted, start), _fitted_scale(tried, start)):
+        if other is not None and tried(other) <= min(within, tried(start) / 2):
+            return other
+    best = likeliest(errors)
+    return best if errors[best] < CEILING and errors[best] <= allowed(within, scores.rounding(best)) else None
 
 
 def masked(scores: Scores, wanted: torch.Tensor, right: Attention, within: float) -> Attention | None:
@@ -248,9 +332,10 @@ def masked(scores: Scores, wanted: torch.Tensor, right: Attention, within: float
     words += [f"window {number}" for number in range(1, min(queries, 64))]
     words += [f"prefix {number}" for number in range(1, min(keys, 64) + 1)]
     words += [f"without 0:{number}" for number in range(1, min(keys, 64))]
+    limit = allowed(within, scores.rounding(right))
     for mask in words:
         how = dataclasses.replace(right, mask=mask)
-        if _attention_off(scores, wanted, how) <= within:
+        if _attention_off(scores, wanted, how) <= limit:
             return how
     return None
 
@@ -300,18 +385,17 @@ def _orders(crossed: bool) -> Iterable[tuple[str, str, str]]:
     )
 
 
-def _heads_permuted(scores: Scores, wanted: torch.Tensor, start: Attention, within: float) -> Attention | None:
+def _heads_permuted(scores: Scores, wanted: torch.Tensor, start: Attention) -> Attention | None:
     output = scores.output(dataclasses.replace(start, heads_order=()))
     if output is None or output.shape != wanted.shape:
         return None
     ours, theirs = (one.unflatten(-1, (start.heads, -1)).double() for one in (output, wanted))
     apart = torch.stack([(ours - theirs[..., [head], :]).square().sum((0, 1, 3)) for head in range(start.heads)])
     order = tuple(apart.argmin(1).tolist())
-    how = dataclasses.replace(start, heads_order=order)
-    return how if sorted(order) != list(order) and _attention_off(scores, wanted, how) <= within else None
+    return dataclasses.replace(start, heads_order=order) if sorted(order) != list(order) else None
 
 
-def _fitted_scale(tried: Callable[[Attention], float], start: Attention, within: float) -> Attention | None:
+def _fitted_scale(tried: Callable[[Attention], float], start: Attention) -> Attention:
     """Any other scale, by golden section over its logarithm."""
     low, high = math.log(start.scale / 100), math.log(start.scale * 100)
     grid = [low + (high - low) * n / 40 for n in range(41)]
@@ -321,8 +405,19 @@ def _fitted_scale(tried: Callable[[Attention], float], start: Attention, within:
         a, b = high - ratio * (high - low), low + ratio * (high - low)
         first, second = (tried(dataclasses.replace(start, scale=math.exp(x))) for x in (a, b))
         low, high = (low, b) if first < second else (a, high)
-    how = dataclasses.replace(start, scale=math.exp((low + high) / 2))
-    return how if tried(how) <= max(within, 1e-6) else None
+    return dataclasses.replace(start, scale=math.exp((low + high) / 2))
+
+
+# -- matrices
+
+
+def product_rounding(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, value: torch.Tensor) -> float:
+    """What float32 is off at most when it computes `value`, x·Wᵀ + b, in whatever order it adds: n roundings of sums
+    about as large as what is added up, which go either way and grow as √n (Higham and Mary, 2019)."""
+    plain = (x.double() @ weight.detach().double().T).norm()
+    shift = 0.0 if bias is None else bias.detach().double().norm() * math.sqrt(math.prod(x.shape[:-1]))
+    size = value.double().norm().clamp_min(1e-300)
+    return max(FEW, (UNIT * math.sqrt(weight.shape[1]) * (plain + shift) / size).item())
 
 
 # -- whatever it is
@@ -332,11 +427,11 @@ def pattern(found: torch.Tensor, expected: torch.Tensor, rounding: float) -> tup
     """What sets two outputs of shape (…, positions, channels) apart, whatever was computed: (a cause's id, words)."""
     a, b = found.double().reshape(-1, found.shape[-1]), expected.double().reshape(-1, expected.shape[-1])
     apart = a - b
-    within = max(10 * rounding, 1e-6)
+    within = max(10 * rounding, FEW)
     size = b.norm().clamp_min(1e-300)
     factor = ((a * b).sum() / b.square().sum().clamp_min(1e-300)).item()
     if (a - factor * b).norm() <= within * a.norm().clamp_min(1e-300):
-        if abs(factor) < 1e-6:
+        if abs(factor) < FEW:
             return "residual", "nothing comes out of it"
         return "scale", f"it is {factor:.6g} × the reference's everywhere"
     offset = apart.mean(0)

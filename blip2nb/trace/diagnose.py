@@ -20,7 +20,7 @@ import torch
 from blip2nb.trace import computing
 from blip2nb.trace.causes import Cause, CounterTest
 from blip2nb.trace.inside import QUERY_KEY_VALUE, Look, Suspect, first_not_finite, part_of
-from blip2nb.trace.metrics import CEILING, THRESHOLD, exceeds
+from blip2nb.trace.metrics import CEILING, FEW, THRESHOLD, exceeds
 from blip2nb.trace.stage import Stage
 from blip2nb.trace.tape import attributes, first_tensor, sample_rows, split_place
 from blip2nb.trace.weights import kind_of, what_changed
@@ -188,11 +188,11 @@ class _Case:
         if not look.expected.is_floating_point() or look.exact.shape != look.expected.shape:
             return []
         theirs = computing.off(look.exact, look.expected)
-        worse = THRESHOLD * max(theirs, _LEAST) < look.rounding
+        worse = max(THRESHOLD * theirs, FEW) < look.rounding
         cast = look.rounding > CEILING and theirs < 3 * look.rounding  # in the referee's run too, as autocast does
         if not self.suspect.strict or not (worse or cast) or look.rounding > _COARSEST:
             return []
-        like = "bfloat16" if look.rounding > 8e-4 else "float16" if look.rounding > 5e-5 else "less than float32"
+        like = next((name for name, least in _LIKE.items() if look.rounding > least), "less than float32")
         words = f"it is computed in lower precision than float32: its rounding is {look.rounding:.1e}, as of {like}"
         if not worse:
             return [Cause("precision", words, look.module, "float32 rounds no module that much")]
@@ -215,7 +215,7 @@ class _Case:
             bias = getattr(module, "bias", None)
             right = _product(x, weight, bias)
             error = computing.off(value, right)
-            if error > 1e-6:
+            if error > computing.product_rounding(x, weight, bias, right):
                 whole = f"{self.suspect.path}.{path}"
                 said = _matrix_words(x, weight, bias, value) or computing.pattern(value, right, look.rounding)
                 id, words = said or ("unknown", "it gives something else than its weight and bias do")
@@ -421,13 +421,17 @@ class _Case:
         return [] if said is None else [Cause(self._scale_of(said[0], look), said[1], look.module, "its pattern")]
 
     def within(self, look: Look) -> float:
-        """How near an explanation must come to the reference's output: as near as rounding allows."""
+        """How near an explanation comes to the reference's output if that rounds as the candidate does."""
         return THRESHOLD * max(look.rounding / self.suspect.unit, _LEAST)
 
-    def explained(self, look: Look, change: str, value: torch.Tensor) -> CounterTest:
-        """The counter-test by computing the part again, on the same inputs, in float64."""
+    def explained(self, look: Look, change: str, value: torch.Tensor, rounding: float = 0.0) -> CounterTest:
+        """The counter-test by computing the part again, on the same inputs, in float64.
+
+        Args:
+            rounding: what float32 is off when it computes the part so.
+        """
         error = computing.off(value, look.expected)
-        excess = self.suspect.unit * error / max(look.rounding, _LEAST)
+        excess = THRESHOLD * error / computing.allowed(self.within(look), rounding)
         return CounterTest(change, (look.local_error, error), (look.excess, excess), not exceeds(excess, THRESHOLD))
 
     def _attention(self, look: Look) -> list[Cause]:
@@ -447,7 +451,7 @@ class _Case:
             return []
         causes = []
         for id, words, change in _attention_words(ours, theirs, start):
-            test = self.explained(look, change, value)
+            test = self.explained(look, change, value, scores.rounding(theirs))
             causes.append(Cause(id, words, look.module, "computed again from the same queries, keys and values", test))
         return causes
 
@@ -517,7 +521,7 @@ class _Case:
             return []
         words = f"the activation is {ours.name if ours else 'none that the kit knows'}, the reference has {theirs.name}"
         return [Cause("activation", words, look.module, "both told from what goes in and what comes out",
-                      self.explained(look, f"with {theirs.name}", theirs.value))]  # fmt: skip
+                      self.explained(look, f"with {theirs.name}", theirs.value, theirs.rounding))]  # fmt: skip
 
     def _norm(self, look: Look) -> list[Cause]:
         path = look.key.rpartition(":")[0]
@@ -531,12 +535,10 @@ class _Case:
             return []
         if ours is None and (seen := self._pattern(look)):
             return seen
-        weight, bias = params[theirs.params]
-        value = computing.normalised(x, theirs.kind, theirs.eps) * weight.double()
-        value = value + bias.double() if bias is not None and theirs.bias else value
+        value = theirs.of(x, params, torch.float64)
         id, words, change = _norm_words(ours, theirs)
         return [Cause(id, words, look.module, "both told from what goes in and what comes out",
-                      self.explained(look, change, value))]  # fmt: skip
+                      self.explained(look, change, value, theirs.rounding(x, params)))]  # fmt: skip
 
     def _norms(self, module: str) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
         """The weights of this norm, and of those around it, which may have been meant."""
@@ -607,10 +609,12 @@ class _Case:
             return []
         x = self._at_rows(x, look)
         right = _product(x, weight, bias)
-        if computing.off(right, look.expected) > self.within(look):
+        rounding = computing.product_rounding(x, weight, bias, right)
+        itself = computing.off(right, look.exact) <= rounding  # it computes what its weight and bias say
+        if itself or computing.off(right, look.expected) > max(self.within(look), rounding):
             return self._exchanged(look)
         said = _matrix_words(x, weight, bias, look.exact) or computing.pattern(look.exact, look.expected, look.rounding)
-        test = self.explained(look, "computed with its own weight and bias", right)
+        test = self.explained(look, "computed with its own weight and bias", right, rounding)
         id, words = said or ("unknown", "it gives something else than its weight and bias do")
         return [Cause(self._scale_of(id, look), words, look.module, "told from what goes in and what comes out", test)]
 
@@ -620,7 +624,7 @@ class _Case:
         for other in self.looks:
             role = QUERY_KEY_VALUE.get(other.module.rpartition(".")[2], "")
             near = other.at == "out" and role and other.module.rpartition(".")[0] == holder and other is not look
-            if near and computing.off(look.exact, other.expected) <= self.within(look):
+            if near and computing.off(look.exact, other.expected) <= max(self.within(look), FEW):
                 words = f"it gives what the reference's {role} gives"
                 return [Cause("qkv_swapped", words, look.module, f"compared with the reference's {other.module}")]
         return []
@@ -663,8 +667,11 @@ _ROWS = 8
 """So many rows of what arrives are looked up among the parameters'."""
 
 
-_COARSEST = 0.05
-"""No precision that models run in rounds more than this."""
+_COARSEST = 2.0**-4
+"""No precision that models run in rounds more than this: sixteen roundings to bfloat16."""
+
+_LIKE = {"bfloat16": 2.0**-10, "float16": 2.0**-14}
+"""Below what a single rounding to each costs on average, 2⁻⁹ and 2⁻¹²: the coarsest first."""
 
 
 def weight_cause(name: str, tensor: torch.Tensor, known: Known, heads: int | None = None) -> Cause:
@@ -768,7 +775,8 @@ def _matrix_words(
             ways["bias_shifted", f"its bias is shifted by {shift}"] = bare + b.roll(shift)
     if w.shape[0] == w.shape[1]:
         ways["transposed", "its matrix is used transposed"] = x @ w + (0.0 if b is None else b)
-    return next((said for said, one in ways.items() if computing.off(one, value) <= 1e-6), None)
+    near = computing.product_rounding(x, weight, bias, value)  # of a candidate that does not run in float64
+    return next((said for said, one in ways.items() if computing.off(one, value) <= near), None)
 
 
 def _falls(test: CounterTest) -> bool:
@@ -792,17 +800,17 @@ def _random(suspect: Suspect) -> Finding | None:
     first = suspect.output()
     if not first.isfinite().all():
         return None
-    second = next((one for one in (suspect.output() for _ in range(REPEATS)) if not torch.equal(first, one)), first)
+    second = next((one for one in (suspect.output() for _ in range(REPEATS)) if not repeated(first, one)), first)
     if second is first:
         return None
     looks, again = suspect.looks(), {one.key: one.found for one in suspect.looks()}
-    differ = [one for one in looks if one.key not in again or not torch.equal(one.found, again[one.key])]
+    differ = [one for one in looks if one.key not in again or not repeated(one.found, again[one.key])]
     at = differ[0] if differ else looks[-1]
     live = [(name, one) for name, one in suspect.module.named_modules() if one.training]
     drops = [name for name, one in live if isinstance(one, torch.nn.Dropout) and one.p > 0]
     module = f"{suspect.path}.{drops[0]}" if len(drops) == 1 and len(live) == 1 else at.module
     with still(suspect.module):
-        calm = torch.equal(suspect.output(), suspect.output())
+        calm = repeated(suspect.output(), suspect.output())
         after = next((one for one in suspect.looks() if one.key == at.key), at)
     rounding = (at.local_error, after.local_error), (math.inf, after.excess)
     test = CounterTest("with every module in eval mode", *rounding, calm and not after.faulty)
@@ -815,6 +823,12 @@ def _random(suspect: Suspect) -> Finding | None:
 
 REPEATS = 4
 """So often a stage is run again to see whether it gives the same: what is left out half of the time is seen then."""
+
+
+def repeated(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two runs gave the same but for rounding, which a library may do in another order the second time."""
+    few = torch.finfo(first.dtype).eps if first.is_floating_point() else 0.0
+    return torch.equal(first, second) or computing.off(second, first) <= max(FEW, few)
 
 
 @contextlib.contextmanager
@@ -860,7 +874,7 @@ def _table_rows(name: str, table: torch.Tensor, found: torch.Tensor, expected: t
     ours, theirs = looked_up
     if (ours is None or theirs is None) and len(table) == len(found):
         rest = expected - table  # a sum, in which each position has its own row
-        if computing.off(rest, found) < 1e-5:
+        if computing.off(rest, found) < CEILING:
             return "position_missing", f"{name} is not added"
         order = _nearest(rest, found - table)
         if order is not None and order != list(range(len(order))):

@@ -1,4 +1,4 @@
-"""Running a module in float64, and telling whether it computes the same thing twice."""
+"""Running a module in float64, and in the least exact order of adding up."""
 
 from __future__ import annotations
 
@@ -42,6 +42,55 @@ def widened(module: torch.nn.Module, weights: Weights | None = None) -> Iterator
     finally:
         for _, one, data in held:
             one.data = data
+
+
+_SUMS = (torch.nn.Linear, torch.nn.Conv2d)
+_BARE = (torch.nn.Embedding, torch.nn.Dropout, torch.nn.Identity)
+
+
+def only_sums(module: torch.nn.Module) -> bool:
+    """Whether all that a module computes with weights are sums of products, as a matrix or a convolution makes them."""
+    kinds = [type(one) for one in module.modules() if not list(one.children())]
+    return any(issubclass(kind, _SUMS) for kind in kinds) and all(issubclass(kind, _SUMS + _BARE) for kind in kinds)
+
+
+class one_by_one(torch.overrides.TorchFunctionMode):
+    """As long as the block lasts, float32 matrices and convolutions begin with the bias and add one product after the
+    other. Every library adds in an order of its own, and may pick another on another processor, for another size or
+    number of threads. None is less exact than this one, which oneDNN's convolutions take: a large bias or sum then
+    loses digits of every small product."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.linear and args[0].dtype == torch.float32:
+            return _added_up(*args, **kwargs)
+        if func is torch.nn.functional.conv2d and args[0].dtype == torch.float32:
+            return _convolved(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _added_up(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    total = torch.zeros(*x.shape[:-1], len(weight)) if bias is None else bias.expand(*x.shape[:-1], -1).clone()
+    for values, column in zip(x.unbind(-1), weight.T.contiguous(), strict=True):
+        total.addcmul_(values[..., None], column)
+    return total
+
+
+def _convolved(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> torch.Tensor:
+    if groups != 1 or isinstance(padding, str) or x.dim() != 4:
+        return torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    size = weight.shape[2:]
+    patches = torch.nn.functional.unfold(x, size, dilation, padding, stride).transpose(1, 2)
+    shape = torch.nn.functional.conv2d(x[:1, :1], weight[:1, :1], None, stride, padding, dilation).shape[2:]
+    return _added_up(patches, weight.flatten(1), bias).transpose(1, 2).unflatten(2, shape)
 
 
 HALF = (torch.float16, torch.bfloat16)

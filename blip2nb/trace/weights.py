@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from blip2nb.trace.inside import QUERY_KEY_VALUE
+from blip2nb.trace.metrics import UNIT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +235,7 @@ def _grid_words(order: Sequence[int]) -> str:
 def _scaled(name: str, found: torch.Tensor, expected: torch.Tensor, heads: int | None) -> Change | None:
     factor = proportion(found, expected)
     if factor is None:  # what is stored in half precision was rounded after it was multiplied
-        factor = proportion(found, expected, within=5e-4)
+        factor = proportion(found, expected, within=2.0**-11)  # the most that rounding to float16 changes
         factor = factor if factor is not None and abs(factor - 1) > 0.01 else None
     if factor is None:
         return None
@@ -242,8 +243,9 @@ def _scaled(name: str, found: torch.Tensor, expected: torch.Tensor, heads: int |
     return Change(id, f"it is {factor:.6g} × the right one")
 
 
-def proportion(found: torch.Tensor, expected: torch.Tensor, within: float = 3e-7) -> float | None:
-    """The factor between two tensors that are proportional to rounding; None where they are not, or equal."""
+def proportion(found: torch.Tensor, expected: torch.Tensor, within: float = 4 * UNIT) -> float | None:
+    """The factor between two tensors that are proportional to rounding; None where they are not, or equal. A weight is
+    multiplied once or twice, and rounded as often."""
     found, expected = found.double(), expected.double()
     size = (expected * expected).sum()
     factor = ((found * expected).sum() / size).item() if size else 0.0
