@@ -48,7 +48,7 @@ CASES: list[tuple[str, Any, Any]] = [
     ("model_name: str = 'a'", "", ""), ("model_name: str = 'a'", None, "a"), ("model_name: str = 'a'", "null", "a"),
 ]  # fmt: skip
 REFUSED: list[tuple[str, Any, str]] = [
-    ("x: bool = True", "perhaps", "x should be true or false, found 'flase'."),
+    ("x: bool = True", "perhaps", "x should be true or false, found 'perhaps'."),
     ("x: bool = True", 2, "x should be true or false, found 2."),
     ("x: bool = True", 1.0, "x should be true or false, found 1.0."),
     ("x: bool = True", [], "x should be true or false, found []."),

@@ -66,7 +66,7 @@ def configured(variant: Variant, config: Mapping[str, Any]) -> Variant:
     if isinstance(model.get("prompt"), str):
         out = dataclasses.replace(out, prompt=model["prompt"])
     language = model.get(f"{variant.language.kind}_model")
-    if isinstance(language, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", language) and ".." not in language:
+    if isinstance(language, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", language) and ".." not in language:
         out = dataclasses.replace(out, language_model=language)
     return out
 
