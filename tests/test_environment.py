@@ -53,6 +53,14 @@ def test_the_tested_versions_are_the_installed_ones_and_above_the_floors():
             assert [int(part) for part in floor.split(".")] <= [int(part) for part in installed.split(".")[:2]]
 
 
+def test_what_reads_a_notebook_compiles_no_grammar_when_it_starts():
+    """jsonschema from 4.25 on does, for a check of addresses that no notebook has: it made papermill four times slower
+    to start."""
+    code = "import nbformat, sys; print('rfc3987_syntax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_lavis_is_pinned_as_published():
     assert pinned("constraints-lavis.txt")["salesforce-lavis"] == "1.0.2"
     assert "salesforce-lavis==1.0.2" in (ROOT / "requirements-lavis.txt").read_text()
