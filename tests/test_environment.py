@@ -51,6 +51,15 @@ def test_the_tested_versions_are_the_installed_ones_and_above_the_floors():
             assert [int(part) for part in floor.split(".")] <= [int(part) for part in installed.split(".")[:2]]
 
 
+def test_no_test_depends_on_what_a_registry_has_today():
+    """What tests install has exact versions; `make newest`, which has none, is no part of them."""
+    for name in ("constraints.txt", "constraints-lavis.txt", "requirements-transformers4.txt"):
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        wanted = [line for line in lines if line and not line.startswith("#")]
+        assert wanted
+        assert not [line for line in wanted if not re.fullmatch(r"[\w.-]+==[\w.+-]+(?: *;.*)?", line)], name
+
+
 def test_lavis_is_pinned_as_published():
     assert pinned("constraints-lavis.txt")["salesforce-lavis"] == "1.0.2"
     assert "salesforce-lavis==1.0.2" in (ROOT / "requirements-lavis.txt").read_text()
@@ -85,7 +94,16 @@ def test_what_travels_to_an_old_environment_is_python_3_8(path):
 
 
 def test_the_makefile_runs_what_ci_runs():
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    """On each change the tests; each night what may fail without one, such as a new release of something."""
+    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    nightly = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text(encoding="utf-8"))
+    steps = [step["run"] for job in nightly["jobs"].values() for step in job["steps"] if "run" in step]
+    commands = re.findall(r"^(?:exec )?(make .*)$", run, re.MULTILINE)
+    assert commands == ["make test", "make extended"]
+    assert steps == ["make newest", "make processors"]
+    assert {"schedule", "workflow_dispatch"} <= set(nightly[True])  # YAML takes the key `on` for a truth value
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {command.split()[1] for command in commands + steps} <= set(targets)
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in ("demo", "test", "lab", "lavis"):
         assert re.search(rf"^{target}\s", listed, re.MULTILINE)
