@@ -5,10 +5,13 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+
+from blip2nb.run import doctor
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,6 +52,17 @@ def test_the_tested_versions_are_the_installed_ones_and_above_the_floors():
         assert pin == installed, f"{name}: constraints.txt says {pin}"
         if floor:
             assert [int(part) for part in floor.split(".")] <= [int(part) for part in installed.split(".")[:2]]
+
+
+def test_the_floor_of_transformers_is_one_that_works_and_doctor_knows_it(monkeypatch):
+    """Before 5.6 there is no `BlipImageProcessorPil`, up to 5.14 a right flan-t5 is called wrong: tried with both."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    floors = dict(re.match(r"([\w-]+)(?:>=([\d.]+))?", one).groups() for one in project["dependencies"])
+    assert {name: floors[name] or "0.0" for name in doctor.FLOORS} == doctor.FLOORS
+    assert [int(part) for part in floors["transformers"].split(".")] >= [5, 15]
+    assert all(finding.fine for finding in doctor._packages())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.14.1")
+    assert [finding.what for finding in doctor._packages() if not finding.fine] == ["transformers"]
 
 
 def test_no_test_depends_on_what_a_registry_has_today():

@@ -741,7 +741,7 @@ def test_a_disk_that_fills_up_is_said_whichever_library_notices_first(tmp_path: 
 
 def test_a_file_larger_than_the_system_allows_is_said_and_nothing_is_left(tmp_path: Path, forks: Forks):
     said = one_sentence(forks.run("convert", OPT, "--output", tmp_path / "runs" / "model", largest=600_000))
-    assert "larger than may be written here. Use a smaller --max-shard-size" in said
+    assert "larger than may be written here. Use a smaller max_shard_size" in said
     assert not list(tmp_path.iterdir())
     more = ("--max-shard-size", "400KB")
     assert forks.run("convert", OPT, "--output", tmp_path / "model", *more, largest=600_000).status == 0
@@ -934,7 +934,7 @@ def test_of_two_runs_on_one_output_one_wins_and_the_other_is_told(tmp_path: Path
     finally:
         os.kill(pid, signal.SIGCONT)
     assert f"Another run is writing {tmp_path / 'model'} now" in said
-    assert "Wait until it has finished, or name another --output" in said
+    assert "Wait until it has finished, or name another output" in said
     assert forks.wait(pid).status == 0
     assert contents(tmp_path / "model") == large.whole
     there = snapshot(tmp_path / "model")
