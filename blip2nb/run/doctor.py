@@ -13,7 +13,7 @@ from blip2nb.run.environment import find_lavis
 from blip2nb.runs import outputs_folder
 from blip2nb.weights.download import cache_folder
 
-FLOORS = {"torch": "2.6", "torchvision": "0.0", "transformers": "5.16", "papermill": "2.6", "jupyterlab": "4.2"}
+FLOORS = {"torch": "2.6", "torchvision": "0.0", "transformers": "5.15", "papermill": "2.6", "jupyterlab": "4.2"}
 """The lowest versions that work, as pyproject.toml has them."""
 
 
