@@ -33,6 +33,18 @@ test: both lavis browser lint  ## everything, LAVIS itself included
 extended: .venv/dev.done .transformers4/installed.done  ## the converted directories in transformers 4.57 too (another 135 MB)
 	$(BIN)/python -m pytest -m extended
 
+.PHONY: newest
+newest:  ## the newest releases of all dependencies, in an environment that is made for it and removed (.newest)
+	rm -rf .newest
+	$(PYTHON) -m venv .newest
+	.newest/bin/python -m pip install -q -e '.[dev]'
+	.newest/bin/python -m pip freeze --exclude-editable
+	.newest/bin/python -m pytest tests/test_convert.py tests/test_hygiene.py -k "not book"
+	for twin in tiny-blip2-opt-2.7b tiny-blip2-flan-t5-xl; do \
+		.newest/bin/papermill notebooks/convert.ipynb .newest/$$twin.ipynb -p model_name $$twin \
+			-p output_dir $(CURDIR)/.newest/outputs --log-level WARNING || exit 1; done
+	rm -rf .newest
+
 lint: .venv/dev.done
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -94,7 +106,7 @@ processors: setup lavis  ## the same verdicts and causes with other processors' 
 	$(BIN)/python -m benchmarks.processors
 
 clean:  ## remove the environments, the book and everything in outputs/
-	rm -rf .venv .venv-lavis .transformers4 .browser $(BOOK) $(filter-out outputs/README.md,$(wildcard outputs/*))
+	rm -rf .venv .venv-lavis .transformers4 .newest .browser $(BOOK) $(filter-out outputs/README.md,$(wildcard outputs/*))
 
 .venv/main.done: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.version_info >= (3, 11) or sys.exit('Python 3.11 or newer is needed, found ' + sys.version.split()[0] + '. Say which with: make PYTHON=python3.11')"

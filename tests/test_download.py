@@ -724,13 +724,13 @@ def test_a_hub_without_a_tokenizer_is_said_to_lack_something(hub: Hub, tmp_path:
         status, _, said = ended(process)
     assert status == 1
     assert "flan-t5-xl/ came, but something in it is missing" in said.splitlines()[-1]
-    assert "--source FOLDER" in said.splitlines()[-1]
+    assert "give that folder as source" in said.splitlines()[-1]
 
 
 def test_files_that_cannot_be_had_are_named_with_the_way_to_give_them(caches: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(download, "LAVIS_URL", "http://127.0.0.1:9/")  # nobody listens there
     with pytest.raises(
-        RequestError, match=r"eva_vit_g\.pth, opt-6\.7b/, blip2_pretrained_opt6\.7b\.pth.*--source FOLDER"
+        RequestError, match=r"eva_vit_g\.pth, opt-6\.7b/, blip2_pretrained_opt6\.7b\.pth.*give that folder as source"
     ):
         own_files(variant("blip2-opt-6.7b"))
 

@@ -5,12 +5,13 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
-from blip2nb.run import kernels
+from blip2nb.run import doctor, kernels
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +60,26 @@ def test_what_reads_a_notebook_compiles_no_grammar_when_it_starts():
     code = "import nbformat, sys; print('rfc3987_syntax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_floor_of_transformers_is_one_that_works_and_doctor_knows_it(monkeypatch):
+    """Before 5.6 there is no `BlipImageProcessorPil`, up to 5.14 a right flan-t5 is called wrong: tried with both."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    floors = dict(re.match(r"([\w-]+)(?:>=([\d.]+))?", one).groups() for one in project["dependencies"])
+    assert {name: floors[name] or "0.0" for name in doctor.FLOORS} == doctor.FLOORS
+    assert [int(part) for part in floors["transformers"].split(".")] >= [5, 15]
+    assert all(finding.fine for finding in doctor._packages())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.14.1")
+    assert [finding.what for finding in doctor._packages() if not finding.fine] == ["transformers"]
+
+
+def test_no_test_depends_on_what_a_registry_has_today():
+    """What tests install has exact versions; `make newest`, which has none, is no part of them."""
+    for name in ("constraints.txt", "constraints-lavis.txt", "requirements-transformers4.txt"):
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        wanted = [line for line in lines if line and not line.startswith("#")]
+        assert wanted
+        assert not [line for line in wanted if not re.fullmatch(r"[\w.-]+==[\w.+-]+(?: *;.*)?", line)], name
 
 
 def test_lavis_is_pinned_as_published():
@@ -118,7 +139,16 @@ def test_what_travels_to_an_old_environment_is_python_3_8(path):
 
 
 def test_the_makefile_runs_what_ci_runs():
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    """On each change the tests; each night what may fail without one, such as a new release of something."""
+    run = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    nightly = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text(encoding="utf-8"))
+    steps = [step["run"] for job in nightly["jobs"].values() for step in job["steps"] if "run" in step]
+    commands = re.findall(r"^(?:exec )?(make .*)$", run, re.MULTILINE)
+    assert commands == ["make test", "make extended"]
+    assert steps == ["make newest", "make processors"]
+    assert {"schedule", "workflow_dispatch"} <= set(nightly[True])  # YAML takes the key `on` for a truth value
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {command.split()[1] for command in commands + steps} <= set(targets)
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in ("demo", "test", "lab", "lavis"):
         assert re.search(rf"^{target}\s", listed, re.MULTILINE)

@@ -78,7 +78,7 @@ def test_a_disk_that_fills_up_is_said_whichever_library_notices_first(tmp_path: 
 
 def test_a_file_larger_than_the_system_allows_is_said_and_nothing_is_left(tmp_path: Path, forks: Forks):
     said = one_sentence(forks.run("convert", OPT, "--output", tmp_path / "runs" / "model", largest=600_000))
-    assert "larger than may be written here. Use a smaller --max-shard-size" in said
+    assert "larger than may be written here. Use a smaller max_shard_size" in said
     assert not list(tmp_path.iterdir())
     more = ("--max-shard-size", "400KB")
     assert forks.run("convert", OPT, "--output", tmp_path / "model", *more, largest=600_000).status == 0

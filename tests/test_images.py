@@ -163,7 +163,7 @@ def test_what_pil_holds_for_a_bomb_is_skipped(tmp_path, monkeypatch):
         (["--texts", "{tmp}/bare"], "cannot be read (Is a directory)."),
         (["--texts", "{tmp}/blank.txt"], "holds no text. Expected one a line."),
         (["--texts", "{tmp}/dot.png"], "is not a text file in UTF-8."),
-        (["--text", "a", "--proof", "weights"], "--proof weights runs neither."),
+        (["--text", "a", "--proof", "weights"], "and proof weights runs neither: leave out one of them."),
         (["--text", "a", "--lavis-python", "none"], "needs an environment with LAVIS"),
         (["--text", "a", "--tape", "{tape}"], "was recorded on other images or texts. Leave --images and --text out"),
     ],

@@ -360,7 +360,7 @@ def test_of_two_runs_on_one_output_one_wins_and_the_other_is_told(tmp_path: Path
     finally:
         os.kill(pid, signal.SIGCONT)
     assert f"Another run is writing {tmp_path / 'model'} now" in said
-    assert "Wait until it has finished, or name another --output" in said
+    assert "Wait until it has finished, or name another output" in said
     assert forks.wait(pid).status == 0
     assert contents(tmp_path / "model") == large.whole
     there = snapshot(tmp_path / "model")

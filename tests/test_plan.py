@@ -119,7 +119,7 @@ def test_too_little_disk_is_said_there_and_then(command: Command, tmp_path: Path
     ended = command("plan", OPT, "--output", tmp_path / "model")
     assert ended.status == 2
     assert "!! Too little disk" in ended.out
-    assert "--output on another disk" in ended.out
+    assert "name an output on another disk" in ended.out
 
 
 def test_more_memory_than_there_is_keeps_the_behaviour_from_being_compared():

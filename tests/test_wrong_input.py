@@ -239,7 +239,7 @@ def test_a_wrong_model_name_gets_the_nearest_one(tmp_path: Path):
         (["--dtype", "int8"], "int8"),
         (["--max-shard-size", "many"], "A shard size such as 5GB or 200MB was expected, found 'many'"),
         (["--max-shard-size", "0"], "A shard size such as 5GB or 200MB was expected"),
-        (["--source", "no/such/place"], "--source no/such/place does not exist"),
+        (["--source", "no/such/place"], "source no/such/place does not exist"),
         (["--run-name", "../elsewhere"], "A run's name should be a plain folder name"),
         (["--no-such-option"], "--no-such-option"),
     ],
@@ -262,7 +262,7 @@ def test_released_files_that_cannot_be_fetched_are_named_with_the_way_to_give_th
         **{name: str(tmp_path / name) for name in ("HF_HOME", "TORCH_HOME", "BLIP2NB_CACHE")},
     )
     said = sentence(ended, tmp_path, {})
-    for word in ("eva_vit_g.pth", "blip2_pretrained_opt6.7b.pth", "opt-6.7b/ being facebook/opt-6.7b", "--source"):
+    for word in ("eva_vit_g.pth", "blip2_pretrained_opt6.7b.pth", "opt-6.7b/ being facebook/opt-6.7b", "folder as source"):
         assert word in said
 
 
@@ -340,7 +340,7 @@ def test_a_run_without_a_report_cannot_be_shown(refuse, model_copy: Callable[[st
 
 
 def test_a_python_for_lavis_that_does_not_exist_is_refused(refuse, tmp_path: Path):
-    assert "--lavis-python /no/python does not exist" in refuse(
+    assert "lavis_python /no/python does not exist" in refuse(
         "capture", OPT, "--lavis-python", "/no/python", "--output", tmp_path / "tape.safetensors"
     )
 

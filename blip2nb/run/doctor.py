@@ -13,6 +13,9 @@ from blip2nb.run.environment import find_lavis
 from blip2nb.runs import outputs_folder
 from blip2nb.weights.download import cache_folder
 
+FLOORS = {"torch": "2.6", "torchvision": "0.0", "transformers": "5.15", "papermill": "2.6", "jupyterlab": "4.2"}
+"""The lowest versions that work, as pyproject.toml has them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -41,10 +44,10 @@ def _python() -> Finding:
 
 def _packages() -> list[Finding]:
     out = []
-    for name, floor in (("torch", 2), ("torchvision", 0), ("transformers", 5), ("papermill", 2), ("jupyterlab", 4)):
+    for name, floor in FLOORS.items():
         try:
             found = importlib.metadata.version(name)
-            fine = int(found.split(".")[0]) >= floor
+            fine = [*map(int, found.split(".")[:2])] >= [*map(int, floor.split("."))]
         except importlib.metadata.PackageNotFoundError:
             found, fine = "not installed", False
         out.append(

@@ -165,6 +165,9 @@ def compare(
 
     Each stage that is at fault is then looked into: which of its modules goes wrong, and why.
 
+    Not for several threads at once, nor beside another use of the models: for as long as it runs, their modules'
+    `forward`, parameters (widened to float64) and settings are replaced. All is as before when it returns or raises.
+
     Args:
         reference: a tape, or any mapping from places to tensors, or a module, which is then run and recorded.
         candidate: the module under test, in eval mode.

@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("blip2nb")
 
 MANIFEST = "blip2nb.json"
+FORMAT = 1
+"""Of the manifest. To be raised when a field is added that has no default, or means another thing than before."""
+
 LOSSY = ("float16", "bfloat16")
 CASTS = {"auto": None, "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 KEPT_IN_FLOAT32 = re.compile(r"(query_tokens|qformer\..*|.*\.wo\.weight)")
@@ -76,6 +79,7 @@ class Manifest:
         versions: what wrote it.
         files: name, size and time of change of every file read.
         recipe: what else decided what was written: options, configuration, versions.
+        format: FORMAT when it was written.
     """
 
     model: str
@@ -96,6 +100,7 @@ class Manifest:
     configuration: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: Sequence[Mapping[str, Any]] = ()
     recipe: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    format: int = 1
 
     @property
     def model_variant(self) -> Variant:
@@ -107,17 +112,21 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises RequestError when the folder is not one of ours."""
+        """Raises RequestError when the folder is not one of ours, or of a version that is not understood."""
         try:
-            return cls(**json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+            content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if (found := content.get("format", 1)) != FORMAT:
+                raise RequestError(
+                    f"{folder / MANIFEST} has format {found!r}, expected {FORMAT}: another blip2nb wrote it. "
+                    "Use that one, or convert again with overwrite."
+                )
+            return cls(**content)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RequestError(
                 f"{folder} has no {MANIFEST}: expected a directory that `blip2nb convert` wrote. Convert it first."
             ) from error
-        except (ValueError, TypeError) as error:
-            raise RequestError(
-                f"{folder / MANIFEST} is damaged or of another version ({error}). Convert again with overwrite."
-            ) from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise RequestError(f"{folder / MANIFEST} is damaged ({error}). Convert again with overwrite.") from error
 
 
 # -- writing
@@ -206,6 +215,7 @@ def write_weights(
         },
         bytes_by_kind=_bytes_by_kind(plan, slots),
         versions=_versions(),
+        format=FORMAT,
     )
 
 

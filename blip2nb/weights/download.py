@@ -187,7 +187,7 @@ def _fetch(variant: Variant, missing: list[Part]) -> None:
         raise RequestError(
             f"{variant.name} needs files that are not on this machine and could not be fetched ({_reason(error)}): "
             f"{names}. Put them into one folder, {variant.language_folder}/ being {variant.language_model} with its "
-            "tokenizer, and give its folder as source."
+            "tokenizer, and give that folder as source."
         ) from error
 
 

@@ -156,7 +156,12 @@ class ShardFile:
 
     def _write_past_cache(self, pages: memoryview, at: int) -> None:
         """Straight to the disk, without a copy in memory: that takes a third of the time, and leaves the page cache to
-        what is read. Where the file system turns out not to do it, as any other bytes."""
+        what is read. Where the file system turns out not to do it, as any other bytes.
+
+        The same file is also written through the page cache, and read through memory maps (`stored`). On Linux that is
+        safe where they concern different pages, as here: a page is always written in the same one of the two ways, and
+        a direct write drops what the cache holds of its pages. Elsewhere there is no O_DIRECT, or it is not used.
+        """
         try:
             while pages.nbytes:
                 written = os.pwrite(self._direct, pages, at)
