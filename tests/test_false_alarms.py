@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from blip2nb.models.verify import tape_images
 from blip2nb.run.reference import SHIPPED_TAPES
 from blip2nb.runs import Run
 from blip2nb.trace.comparison import Comparison, compare
+from blip2nb.trace.metrics import THRESHOLD
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import variant
 
@@ -46,7 +48,9 @@ def test_a_right_twin_raises_no_alarm(name: str, threads: int, converted: Callab
     assert found.faults == []
     judged = [stage for stage in found.stages if stage.excess is not None]
     assert len(judged) == sum(not stage.is_junction for stage in stages(variant(name)))
-    assert all(2 / 3 < stage.excess < 3 / 2 for stage in judged)
+    excess = [stage.excess for stage in judged]  # another processor moves single stages, but not all of them
+    assert 2 / 3 < statistics.median(excess) < 3 / 2
+    assert 1 / THRESHOLD < min(excess) <= max(excess) < THRESHOLD
     assert {stage.arrival_error for stage in found.stages} <= {0.0, None}
 
 
