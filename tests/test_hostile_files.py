@@ -206,7 +206,7 @@ def refusal(path: Path) -> str:
         open_file(path)
     except RequestError as error:
         return str(error)
-    return "read"
+    return "nothing"
 
 
 def test_whatever_the_steps_it_is_read_or_refused_in_one_sentence(tmp_path_factory: pytest.TempPathFactory):
@@ -219,7 +219,7 @@ def test_whatever_the_steps_it_is_read_or_refused_in_one_sentence(tmp_path_facto
         said = refusal(pth(path, b"".join([first, *steps, b"."]), zipped))
         assert said.isprintable()
         assert len(said) < len(str(path)) + 600
-        ends.add(re.search("run code|whole|dict of tensors|no tensors|deep|neither|read", said)[0])
+        ends.add(re.search("run code|whole|dict of tensors|no tensors|deep|neither|nothing", said)[0])
 
     ended()
     assert {"run code", "whole", "dict of tensors"} <= ends
