@@ -14,7 +14,7 @@ STRIP := -m nbstripout --keep-id --drop-tagged-cells injected-parameters \
 	metadata.language_info.nbconvert_exporter metadata.language_info.pygments_lexer metadata.language_info.version"
 
 .PHONY: help demo test extended lint lab setup both browser lavis twins tapes picture docs filter strip bench sweeps rates \
-	processors clean
+	newest processors clean
 .NOTPARALLEL:  # two notebooks at once would write to one run
 
 help:  ## what can be made
@@ -33,7 +33,6 @@ test: both lavis browser lint  ## everything, LAVIS itself included
 extended: .venv/dev.done .transformers4/installed.done  ## the converted directories in transformers 4.57 too (another 135 MB)
 	$(BIN)/python -m pytest -m extended
 
-.PHONY: newest
 newest:  ## the newest releases of all dependencies, in an environment that is made for it and removed (.newest)
 	rm -rf .newest
 	$(PYTHON) -m venv .newest
