@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import html
 import math
 from collections import Counter
@@ -20,11 +21,12 @@ from typing import Any, TypeAlias
 
 import torch
 
+from blip2nb.errors import memory_ran_out
 from blip2nb.trace import arrivals
 from blip2nb.trace.causes import Cause, CounterTest
 from blip2nb.trace.diagnose import REPEATS, SETTINGS, Finding, Known, arriving_weights, diagnose, ranked, still
 from blip2nb.trace.inside import Suspect, parameters_of, part_of
-from blip2nb.trace.metrics import THRESHOLD, distance, exceeds, judge, judge_alone, unit
+from blip2nb.trace.metrics import THRESHOLD, distance, exceeds, judged, unit
 from blip2nb.trace.precision import HALF, Weights, in_float64
 from blip2nb.trace.stage import Stage, places, places_inside
 from blip2nb.trace.tape import Tape, first_tensor, recording, split_place, with_first
@@ -47,7 +49,10 @@ class StageResult:
         local_error: distance of its output when fed the reference's inputs. None at a junction.
         rounding: distance of the candidate's output to the same stage in float64, on those inputs.
         excess: the reference's distance to float64 over the candidate's. 1 where both are bit-equal, infinite where
-            the candidate is exact and the reference differs.
+            the candidate is exact and the reference differs. None where the float64 run failed and the outputs are
+            neither equal nor so far apart that no rounding explains it: then the stage is not judged.
+        refereed: whether the float64 run came to its end.
+        referee_error: what ended it, on one line; "" where nothing did.
     """
 
     name: str
@@ -59,6 +64,13 @@ class StageResult:
     rounding: float | None = None
     excess: float | None = None
     bit_equal: bool | None = None
+    refereed: bool = True
+    referee_error: str = ""
+
+    @property
+    def judged(self) -> bool:
+        """Whether it is known that only rounding happens here, or that more does."""
+        return self.refereed or self.excess is not None
 
     def faulty(self, threshold: float = THRESHOLD) -> bool:
         """Whether more than rounding happens here or on the way here. NaN is a fault."""
@@ -91,6 +103,11 @@ class Comparison:
         return [stage for stage in self.stages if stage.faulty(self.threshold)]
 
     @property
+    def unjudged(self) -> list[StageResult]:
+        """The stages that could not be judged, since their float64 run failed."""
+        return [stage for stage in self.stages if not stage.judged]
+
+    @property
     def first_divergence(self) -> StageResult | None:
         return next(iter(self.faults), None)
 
@@ -121,20 +138,27 @@ class Comparison:
                 f"<td>{'–' if value is None else format(value, '.2g')}</td>"
                 for value in (stage.arrival_error, stage.local_error, stage.excess, stage.drift)
             )
-            + f"<td align='left'>{'<b>wrong</b>' if stage.faulty(self.threshold) else ''}</td></tr>"
+            + f"<td align='left'>{self._word(stage)}</td></tr>"
             for stage in self.stages
         )
         found = "".join(f"<li>{html.escape(str(finding))}</li>" for finding in self.findings)
         return f"<p>{html.escape(repr(self))}</p><ul>{found}</ul><table><tr>{head}</tr>{rows}</table>"
 
+    def _word(self, stage: StageResult) -> str:
+        if stage.faulty(self.threshold):
+            return "<b>wrong</b>"
+        return "" if stage.judged else f"not judged: its float64 run failed ({html.escape(stage.referee_error)})"
+
     def __repr__(self) -> str:
-        first = self.first_divergence
+        first, count = self.first_divergence, len(self.unjudged)
+        rest = f", {count} not judged" if count else ""
         if first is None:
-            return f"Comparison({len(self.stages)} stages, no error above rounding)"
-        return f"Comparison({len(self.stages)} stages, first wrong at {first.name}, {len(self.faults)} in all)"
+            return f"Comparison({len(self.stages)} stages, no error above rounding{rest})"
+        return f"Comparison({len(self.stages)} stages, first wrong at {first.name}, {len(self.faults)} in all{rest})"
 
     def __str__(self) -> str:
-        return "\n".join([repr(self), *(f"  {finding}" for finding in self.findings)])
+        lines = [f"  {stage.name}: not judged, its float64 run failed ({stage.referee_error})" for stage in self.unjudged]
+        return "\n".join([repr(self), *(f"  {finding}" for finding in self.findings), *lines])
 
 
 def compare(
@@ -452,6 +476,8 @@ class _Forcing:
         except TableError:
             raise
         except Exception as error:
+            if memory_ran_out(error):
+                raise  # which says nothing about the model
             if not explain:
                 error.add_note(f"Raised at the stage {self.at}, which was fed the reference's inputs.")
                 raise
@@ -551,11 +577,8 @@ class _Forcing:
         if found.shape != expected.shape:
             self.local[stage.name] = _NEVER_CALLED
         else:
-            try:
-                exact = self._referee(stage, module, args, kwargs)
-                self.local[stage.name] = judge(found, expected, exact, self._unit(module), self.cast == 0)
-            except (RuntimeError, TypeError, ValueError):  # it casts, or calls what was not widened
-                self.local[stage.name] = judge_alone(found, expected)
+            exactly = functools.partial(self._referee, stage, module, args, kwargs)
+            self.local[stage.name] = judged(found, expected, exactly, self._unit(module), self.cast == 0)
         excess = self.local[stage.name]["excess"]
         if self._not_repeatable(stage, module, args, kwargs, found) or exceeds(excess, THRESHOLD):
             self.suspects[stage.name] = Suspect(
@@ -573,7 +596,7 @@ class _Forcing:
         for rounding: its float64 is as far from it as the reference is."""
         result = self.local[stage.name]
         coarse = exceeds(result["rounding"], COARSE[found.dtype]) or exceeds(result["excess"], THRESHOLD)
-        if result["bit_equal"] or not coarse:
+        if result["bit_equal"] or not (coarse or result["excess"] is None):
             return False
         if not found.isfinite().all():
             return False
