@@ -35,8 +35,8 @@ _MEMORY = re.compile(
     "|bad_?alloc|failed to map segment|can't start new thread",
     re.IGNORECASE,
 )
-"""What libraries say when memory runs out. On the CPU torch raises a plain RuntimeError, safetensors an error of its own,
-the dynamic linker an ImportError; a thread that has no room for its stack is not started."""
+"""What libraries say when memory runs out. On the CPU torch raises a plain RuntimeError, safetensors an error of its
+own, the dynamic linker an ImportError; a thread that has no room for its stack is not started."""
 
 
 def memory_ran_out(error: BaseException | None) -> bool:
@@ -56,7 +56,7 @@ def memory_watched(work: str) -> Iterator[None]:
     """Raise OutOfMemory for whatever error says that memory ran out.
 
     Args:
-        work: what it was needed for, as in "verifying tiny-blip2-opt-2.7b".
+        work: when it ran out: "while verifying".
     """
     try:
         yield
@@ -70,6 +70,6 @@ def no_memory(work: str, error: BaseException) -> str:
     """The sentence for memory that ran out, and what to do."""
     first = (str(error).splitlines() or [""])[0] or type(error).__name__
     return (
-        f"Memory ran out {work} ({first:.200}). Nothing was found out. Free memory or raise its limit, or use a machine "
-        "with more; `--proof weights` runs no model."
+        f"Memory ran out {work} ({first:.200}). Free memory, raise its limit or use a machine with more; proving the "
+        "weights alone (--proof weights) takes the least."
     )

@@ -76,6 +76,7 @@ class Measured:
     Attributes:
         stages: in the order of the network.
         faults: names of those where more than rounding happens.
+        unjudged: names of those that could not be judged, since their float64 run failed.
         logits: as `compare_logits` gives them.
         kl, max_abs, same: of each position's next token: KL divergence in nats, the largest difference of a logit, and
             whether the likeliest is the same. (positions,) each.
@@ -83,6 +84,7 @@ class Measured:
 
     stages: tuple[StageResult, ...]
     faults: tuple[str, ...]
+    unjudged: tuple[str, ...]
     logits: Mapping[str, float]
     kl: np.ndarray
     max_abs: np.ndarray
@@ -99,13 +101,14 @@ class Measured:
             apart = (ours - expected)[0].abs().amax(-1)
             each = (kl_per_position(ours, expected).float().numpy(), apart.numpy(), same.float().numpy())
         faults = tuple(stage.name for stage in found.faults)
-        return cls(found.stages, faults, compare_logits(ours, expected), *each)
+        unjudged = tuple(stage.name for stage in found.unjudged)
+        return cls(found.stages, faults, unjudged, compare_logits(ours, expected), *each)
 
     @property
     def error(self) -> float | None:
-        """How far the logits are off by rounding alone; None where it is not rounding alone, or not a number."""
+        """How far the logits are off by rounding alone; None where that is not known, or not a number."""
         largest = self.logits["max_abs"]
-        return None if self.faults or not math.isfinite(largest) else largest
+        return None if self.faults or self.unjudged or not math.isfinite(largest) else largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +129,12 @@ class Take:
     def left(self) -> tuple[str, ...]:
         """Stages at fault that no known difference explains."""
         return (self.fixed or self.shipped).faults
+
+    @property
+    def unjudged(self) -> tuple[str, ...]:
+        """Stages that could not be judged, as shipped or with the known differences taken out."""
+        again = self.fixed.unjudged if self.fixed else ()
+        return tuple(dict.fromkeys(self.shipped.unjudged + again))
 
 
 def measure(
@@ -328,6 +337,7 @@ def _each(told: Mapping[str, Any], take: Take, modes: Mapping[str, Mapping[str, 
         "pixels_equal": take.pixels_equal,
         "faults": list(take.shipped.faults),
         "left": list(take.left),
+        "unjudged": list(take.unjudged),
         **{what: take.shipped.logits[what] for what in ("max_abs", "relative", "kl", "top1_agreement")},
         "kl_largest": largest,
         "captions_equal": {mode: said["equal"][number] for mode, said in modes.items()},

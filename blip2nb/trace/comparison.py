@@ -157,8 +157,8 @@ class Comparison:
         return f"Comparison({len(self.stages)} stages, first wrong at {first.name}, {len(self.faults)} in all{rest})"
 
     def __str__(self) -> str:
-        lines = [f"  {stage.name}: not judged, its float64 run failed ({stage.referee_error})" for stage in self.unjudged]
-        return "\n".join([repr(self), *(f"  {finding}" for finding in self.findings), *lines])
+        unjudged = (f"{one.name}: not judged, its float64 run failed ({one.referee_error})" for one in self.unjudged)
+        return "\n".join([repr(self), *(f"  {line}" for line in (*self.findings, *unjudged))])
 
 
 def compare(

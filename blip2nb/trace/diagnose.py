@@ -751,7 +751,7 @@ def _seen_again(look: Look, earlier: Look) -> bool:
     if not look.expected.is_floating_point() or len(shapes) > 1:
         return False
     new, old = look.exact - look.expected.double(), earlier.exact - earlier.expected.double()
-    return computing.off(new, old) <= 1e-2 and earlier.excess > 10
+    return computing.off(new, old) <= 1e-2 and (earlier.excess or 0.0) > 10
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -228,6 +228,7 @@ class _Forced:
     def look(self, key: str, path: str, exact: _Seen | None) -> Look:
         seen = self.seen[key]
         module, part = self._blame(key, seen)
+        values: dict[str, Any]
         if seen.found.shape != seen.expected.shape:
             values = {"local_error": math.inf, "rounding": math.nan, "excess": math.inf}
         else:
