@@ -187,10 +187,10 @@ def _short(value: float) -> float | None:
 
 
 def _state(depth: Depth, place: int, own: float, known: set[str]) -> str:
-    if depth.unjudged[place]:
-        return "not judged"
     if math.isnan(own):  # what is not a number only because of what came before is not at fault
         return "not a number"
+    if depth.unjudged[place]:
+        return "not judged"
     if depth.names[place] in known:
         return "known"
     if depth.wrong[place] or (depth.junction[place] and own > 0):
