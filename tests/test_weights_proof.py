@@ -63,9 +63,7 @@ def test_a_right_conversion_passes_with_every_parameter_of_lavis_checked(convert
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_the_weights_proof_alone_is_incomplete_and_names_the_command_that_completes_it(
-    model_copy: Converted, name: str
-):
+def test_the_weights_proof_alone_is_incomplete_and_says_what_completes_it(model_copy: Converted, name: str):
     run = model_copy(name)
     report = verify(run, "weights")
     assert report.verdict == "incomplete"

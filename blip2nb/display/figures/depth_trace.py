@@ -210,6 +210,8 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     drift = depth.drift[~np.isnan(depth.drift)]
     if len(drift):
         words += f" Drift reaches {as_number(drift.max())}; a fault is above {report['threshold']:g} × rounding."
+    if (count := int((depth.unjudged & ~depth.broken).sum())) > 0:
+        words += f" {as_count(count, 'stage')} {'is' if count == 1 else 'are'} not judged: the float64 run failed."
     return words
 
 
