@@ -1,8 +1,8 @@
 """The command line with less and less memory: `python tests/starved.py SPARE ... -- verify RUN`.
 
-The command is run once for each SPARE; for "-" they are read from stdin, one a line. Each run is a fork of one process that has everything imported, and may take SPARE bytes more than that has: cold
-processes would take most of their time to import torch. Prints a line of JSON for each: spare, status (negative for a
-signal) and said, what it wrote to stderr.
+The command is run once for each SPARE; for "-" they are read from stdin, one a line. Each run is a fork of one process
+that has everything imported, and may take SPARE bytes more than that has: cold processes would spend most of their
+time on importing torch. Prints a line of JSON for each: spare, status (negative for a signal) and said, what it wrote.
 """
 
 from __future__ import annotations
