@@ -207,6 +207,8 @@ def test_no_place_that_keeps_going_after_an_error_keeps_going_without_memory(
             inputs._read(tmp_path / "image.png")
     with monkeypatch.context() as patch:
         patch.setattr("transformers.AutoProcessor.from_pretrained", fails)
+        with pytest.raises(RuntimeError, match="allocate"):
+            huggingface.load(run.model)
         with pytest.raises(OutOfMemory, match=r"Memory ran out while verifying .* use a machine with more"):
             api.verify(run, output=tmp_path / "out", figures=False)
     assert not (tmp_path / "out" / "report.json").exists()
