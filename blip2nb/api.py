@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2nb.bars import progress_bar
-from blip2nb.errors import RequestError
+from blip2nb.errors import RequestError, memory_watched
 from blip2nb.report import Report
 from blip2nb.runs import Run, find_run, new_run, run_of_model
 from blip2nb.variants import Variant, variant
@@ -305,6 +305,7 @@ def _record(
         return kernels.capture(opened, path, lavis, kind, device, notebook, say, chosen)
 
 
+@memory_watched("while verifying")
 def verify(
     target: str | Path | Run,
     *,
@@ -346,6 +347,7 @@ def verify(
 
     Raises:
         RequestError: the request is wrong, among others: `both` without a way to a tape.
+        OutOfMemory: memory ran out, so that there is no verdict.
     """
     from blip2nb.models.files import refuse_wrong_base
     from blip2nb.models.inputs import choose
@@ -378,14 +380,25 @@ def verify(
         if found is None and (proof == "both" or find_lavis(lavis_python) is not None):
             made_of = source or run.source, base or run.base
             found = _record(run, variant(manifest.model), chosen, *made_of, "", lavis_python, device, notebook)
+    origin = source or run.source, base or run.base
+    command = reference.completion(run, manifest, *origin)
+    if found is not None:
+        command = reference.again(run, manifest, origin[0])
+    _forget_another_models(run)
     with _steps("verify") as say:
-        again = reference.completion(run, manifest, source or run.source, base or run.base)
-        report = prove(run.model, found, again, say, source=lambda: _source_of(run, source, base), dtype=dtype)
+        report = prove(
+            run.model,
+            found,
+            command,
+            say,
+            source=lambda: _source_of(run, source, base),
+            dtype=dtype,
+            missing=reference.why_not_compared(proof, manifest),
+        )
     report.save(run.folder)
+    run.page.unlink(missing_ok=True)  # it would be an earlier report's, if drawing does not come to its end
     if figures:
         report.drawn.update(draw(run))
-    else:
-        run.page.unlink(missing_ok=True)  # it would be an earlier report's
     if run.folder == own or push_to_hub:  # a proof that is kept elsewhere leaves the directory as it is
         _write_card(run, report.drawn.get("depth_trace"))
     if push_to_hub and report.verdict == "diverges":
@@ -393,6 +406,22 @@ def verify(
     elif push_to_hub:
         push(run, push_to_hub, private=private, token=token)
     return report
+
+
+def _forget_another_models(run: Run) -> None:
+    """Remove an earlier report, unless it is of the model as it stands. That one stays true if this verification is
+    killed; any other would then pass for its result."""
+    from blip2nb.models.verify import state
+    from blip2nb.report import content_of
+
+    path = run.folder / "report.json"
+    try:
+        content = content_of(path.read_text(), str(path)) if path.is_file() else {}
+        kept = content["provenance"]["state"] == state(run.model)
+    except (RequestError, ValueError, KeyError):
+        kept = False
+    if not kept:
+        run.forget_proof()
 
 
 def proven(

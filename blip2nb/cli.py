@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from blip2nb import __version__
-from blip2nb.errors import Blip2nbError, Diverges, RequestError
+from blip2nb.errors import Blip2nbError, Diverges, OutOfMemory, RequestError, memory_ran_out, no_memory
 
 app = typer.Typer(
     help="Move BLIP-2 checkpoints from LAVIS to Hugging Face transformers, and prove the result.",
@@ -100,13 +100,15 @@ def main() -> None:
         else:
             error.show()  # type: ignore[attr-defined]  # no command at all: the help itself
         sys.exit(RequestError.exit_status)
-    except Blip2nbError as error:
-        print(f"blip2nb: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
     except (KeyboardInterrupt, typer.Abort):
         print("blip2nb: stopped; the same command goes on from here.", file=sys.stderr)
         sys.exit(3)
     except Exception as error:
+        if memory_ran_out(error) and not isinstance(error, OutOfMemory):
+            error = OutOfMemory(no_memory("while working", error))
+        if isinstance(error, Blip2nbError):
+            print(f"blip2nb: {error}", file=sys.stderr)
+            sys.exit(error.exit_status)
         logging.getLogger("blip2nb").debug("traceback", exc_info=True)
         print(
             f"blip2nb: unexpected {type(error).__name__}: {error}. Please report this with the command, and with what "
@@ -335,7 +337,8 @@ def verify(
 ) -> None:
     """Prove that a converted directory is the model LAVIS runs, or say where it first goes wrong.
 
-    Exit status: 0 for match, explained, and weights_only where that was asked or LAVIS is not at hand; 1 for diverges.
+    Exit status: 0 for match and explained, and with --proof weights for proven weights; 1 for diverges; 4 for
+    incomplete, which names what is missing and the command that completes the proof.
     """
     from blip2nb import api
     from blip2nb.runs import find_run
@@ -362,8 +365,8 @@ def verify(
         _print_json(report.content)
     else:
         print(report)
-    if report.verdict == "diverges":
-        raise typer.Exit(Diverges.exit_status)
+    if status := report.status(proof.value):
+        raise typer.Exit(status)
 
 
 @app.command()
@@ -485,7 +488,8 @@ def sweep(
 ) -> None:
     """Run a notebook for many models, several at a time, and make a report over all of them: index.html.
 
-    What is finished is not done again. Exit status: 1 when a run diverges, 3 when one failed or was not made.
+    What is finished is not done again. Exit status: 3 when a run failed or was not made, else 1 when one diverges,
+    else 4 when one is incomplete.
     """
     from blip2nb import api
     from blip2nb.sweeps import asked

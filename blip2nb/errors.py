@@ -1,5 +1,12 @@
 """Errors that are somebody's to mend: each is one sentence of what was expected, what was found, and what to do."""
 
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+from collections.abc import Iterator
+
 
 class Blip2nbError(Exception):
     """Base of the kit's errors. `exit_status` is what the command line ends with."""
@@ -17,3 +24,52 @@ class Diverges(Blip2nbError):
     """The two models differ and no known cause explains it. Exit status 1."""
 
     exit_status = 1
+
+
+class OutOfMemory(Blip2nbError):
+    """Memory ran out before the work was done, so nothing was found out. Exit status 3."""
+
+
+_MEMORY = re.compile(
+    "out of memory|(cannot|can't|unable to|failed to|could not|not enough memory: you tried to) (re)?allocate"
+    "|bad_?alloc|failed to map segment|can't start new thread",
+    re.IGNORECASE,
+)
+"""What libraries say when memory runs out. On the CPU torch raises a plain RuntimeError, safetensors an error of its
+own, the dynamic linker an ImportError; a thread that has no room for its stack is not started."""
+
+
+def memory_ran_out(error: BaseException | None) -> bool:
+    """Check whether memory ran out, by an error or by one that it was raised from or while handling."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        lacking = isinstance(error, OSError) and error.errno == errno.ENOMEM
+        if isinstance(error, MemoryError | OutOfMemory) or lacking or _MEMORY.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def memory_watched(work: str) -> Iterator[None]:
+    """Raise OutOfMemory for whatever error says that memory ran out.
+
+    Args:
+        work: when it ran out: "while verifying".
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OutOfMemory) or not memory_ran_out(error):
+            raise
+        raise OutOfMemory(no_memory(work, error)) from error
+
+
+def no_memory(work: str, error: BaseException) -> str:
+    """The sentence for memory that ran out, and what to do."""
+    first = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return (
+        f"Memory ran out {work} ({first:.200}). Free memory, raise its limit or use a machine with more; proving the "
+        "weights alone (--proof weights) takes the least."
+    )

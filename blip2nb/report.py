@@ -10,14 +10,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip2nb.errors import RequestError
+from blip2nb.errors import Diverges, RequestError
 from blip2nb.whole import write_whole
 
 if TYPE_CHECKING:
     import numpy as np
 
+FORMAT = 2
+"""The version of report.json's content. 1 had the verdict weights_only."""
+
 INFINITE = 1e9
 """What stands for infinity in report.json, which has no word for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Missing:
+    """Something that belongs to the proof and was not run, or could not be judged.
+
+    Attributes:
+        id: not_asked, no_lavis, no_memory, does_not_load, weights, stages, images or captions.
+        proof: the proof that lacks it: weights, behaviour or text.
+        words: what is missing and why, as a sentence.
+    """
+
+    id: str
+    proof: str
+    words: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +49,30 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """match, explained, diverges or weights_only."""
+        """match, explained, diverges or incomplete."""
         return self.content["verdict"]
+
+    @property
+    def incomplete(self) -> tuple[Missing, ...]:
+        """What was not run or could not be judged; `complete_with` is the command that completes the proof."""
+        return tuple(Missing(**one) for one in self.content["incomplete"])
+
+    def status(self, proof: str = "auto") -> int:
+        """The exit status of a verification: 0 for match and explained, 1 for diverges, 4 for incomplete.
+
+        Args:
+            proof: what was asked for. If that is "weights", proven weights are all of it: 0.
+        """
+        if self.verdict == "diverges":
+            return Diverges.exit_status
+        return INCOMPLETE if lacking(self.content, proof) else 0
 
     def __getitem__(self, name: str) -> Any:
         return self.content[name]
 
     def __repr__(self) -> str:
-        more = f"\nTo complete the proof: {self['complete_with']}" if self.content.get("complete_with") else ""
+        command = self.content.get("complete_with")
+        more = f"\nTo complete the proof: {command}" if command else ""
         return f"Report({self['model_name']}: {self.verdict})\n{self['summary']}{more}"
 
     def _repr_html_(self) -> str:
@@ -69,10 +103,14 @@ class Report:
 
         folder.mkdir(parents=True, exist_ok=True)
         arrays, text = folder / "arrays.safetensors", folder / "report.json"
-        save_file(dict(self.arrays), f"{arrays}.partial")
+        beside = arrays.with_name(f"{arrays.name}.partial")
         content = json.dumps(finite(self.content), indent=1, allow_nan=False) + "\n"
-        text.unlink(missing_ok=True)  # killed before the end, there is no report, and never one beside another's arrays
-        os.replace(f"{arrays}.partial", arrays)
+        try:
+            save_file(dict(self.arrays), beside)
+            text.unlink(missing_ok=True)  # killed now, there is no report, and never one beside another's arrays
+            os.replace(beside, arrays)
+        finally:
+            beside.unlink(missing_ok=True)
         write_whole(text, content)
         return text
 
@@ -84,7 +122,8 @@ class Report:
 
         path = folder / "report.json"
         try:
-            return cls(json.loads(path.read_text(encoding="utf-8")), load_file(folder / "arrays.safetensors"))
+            content = content_of(path.read_text(encoding="utf-8"), str(path))
+            return cls(content, load_file(folder / "arrays.safetensors"))
         except FileNotFoundError as error:
             raise RequestError(
                 f"{error.filename or path} does not exist: expected a run's folder under outputs/. "
@@ -92,6 +131,41 @@ class Report:
             ) from error
         except (ValueError, SafetensorError, NotADirectoryError) as error:
             raise RequestError(f"{path} is damaged ({error}). Run `blip2nb verify` again.") from error
+
+
+def content_of(text: str | bytes, path: str) -> dict[str, Any]:
+    """Parse report.json.
+
+    Args:
+        path: where it is, for the error.
+
+    Raises:
+        RequestError: it was written by a version of the kit with other words.
+        ValueError: it is no JSON.
+    """
+    content = json.loads(text)
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise RequestError(
+            f"{path} has format {found}; this version of blip2nb reads format {FORMAT}. Run `blip2nb verify` again."
+        )
+    return content
+
+
+INCOMPLETE = 4
+"""The exit status of a proof of which something was not run or could not be judged."""
+
+
+def lacking(content: Mapping[str, Any], proof: str = "auto") -> list[Mapping[str, Any]]:
+    """List what an incomplete report lacks of what was asked for.
+
+    Args:
+        content: of report.json.
+        proof: "weights" asks for the weights alone, anything else for the whole proof.
+    """
+    if content["verdict"] != "incomplete":
+        return []
+    return [one for one in content["incomplete"] if proof != "weights" or one["proof"] == "weights"]
 
 
 class Note(str):

@@ -194,8 +194,6 @@ def _fill(path: Path, leave: int) -> None:
             os.posix_fallocate(file.fileno(), size, more)
 
 
-
-
 # -- what such a process does, when it does not run the command line: `start("@NAME", …)`
 
 

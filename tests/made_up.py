@@ -55,13 +55,18 @@ def stage(name: str, rng: np.random.Generator, excess: float | None, drift: floa
     where = {"name": name, **places_of(name)}
     if name in JUNCTIONS:
         empty = dict.fromkeys(("local_error", "rounding", "excess", "fixed"))
-        return {**where, "junction": True, "arrival_error": 0.0, "drift": 0.0, "bit_equal": True, **empty}
+        return {**where, "junction": True, "arrival_error": 0.0, "drift": 0.0, "bit_equal": True,
+                **REFEREED, **empty}  # fmt: skip
     rounding = float(10 ** rng.normal(-6.8, 0.1))
     right = float(np.exp(rng.normal(0, 0.05)))
     values = {"drift": drift, "local_error": rounding * (excess or right), "rounding": rounding}
     values["excess"] = excess or right
+    values |= REFEREED
     fixed = {**values, "local_error": rounding, "excess": right}
     return {**where, "junction": False, "arrival_error": drift, "bit_equal": False, "fixed": fixed, **values}
+
+
+REFEREED = {"refereed": True, "referee_error": ""}
 
 
 def report(
@@ -77,6 +82,7 @@ def report(
     value = {
         "model_name": "tiny-blip2-opt-2.7b", "random_weights": True, "threshold": THRESHOLD,
         "verdict": "explained" if faults else "match", "summary": "What was found.", "stages": stages, "versions": {},
+        "incomplete": [],
         "faults": [fault_at(each) for each in stages if each["name"] in faults],
         "first_divergence": first and {
             "stage": first["name"], "module": "vision_model.post_layernorm", "local_error": first["local_error"],

@@ -115,12 +115,14 @@ def test_its_lines_of_python_caption_as_the_report_says_lavis_does(
     assert said.getvalue().strip() == captions["huggingface"]["default"][0].strip()
 
 
-def test_a_proof_of_the_weights_alone_is_called_half_and_takes_the_figure_away(run: Run, reports: dict[str, Report]):
-    for verdict in ("explained", "weights_only"):
+def test_a_proof_of_the_weights_alone_is_called_incomplete_and_takes_the_figure_away(
+    run: Run, reports: dict[str, Report]
+):
+    for verdict in ("explained", "incomplete"):
         reports[verdict].save(run.folder)
         assert card.write(run)
     text = (run.model / README).read_text()
-    assert "**Half verified: the weights are the same; behaviour was not compared.**" in text
+    assert "**Not verified in full.**" in text
     assert not (run.model / FIGURE).exists()
     assert FIGURE not in text
 
@@ -183,7 +185,7 @@ def test_its_tables_are_tables_also_with_names_that_mean_something_in_markdown()
 def test_it_names_no_folder_of_this_machine_and_no_time(run: Run, reports: dict[str, Report], converted):
     reports["explained"].save(run.folder)
     card.write(run)
-    text = (run.model / README).read_text() + card.render(Manifest.read(run.model), reports["weights_only"])
+    text = (run.model / README).read_text() + card.render(Manifest.read(run.model), reports["incomplete"])
     for place in (Path.home(), Path.cwd(), run.folder, converted(OPT).model, Path(os.environ["BLIP2NB_CACHE"])):
         assert str(place) not in text
     assert not re.search(r"(?<![\w.:/])/(?!/)\w+/", re.sub(r"https://\S+", "", text)), "a path"

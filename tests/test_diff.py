@@ -145,7 +145,7 @@ def test_weights_alone_beside_both_proofs_are_compared_as_far_as_it_goes(shipped
     alone = tmp_path / "weights_alone"
     api.verify(shipped.model, proof="weights", output=alone, figures=False)
     found = blip2nb.diff(shipped, alone)
-    assert found.verdicts == ("explained", "weights_only")
+    assert found.verdicts == ("explained", "incomplete")
     assert (found.moved, found.logits, found.captions_compared) == ((), {}, 0)
     assert found.finding == "No stages to compare: the behaviour of weights_alone was not compared"
     assert [(one.what, one.before, one.after) for one in found.changes] == [("proof", "both", "weights")]

@@ -45,6 +45,8 @@ def outcome(name: str, state: str = "finished", **more: Any) -> dict[str, Any]:
 
 
 def summarised(name: str, report: dict[str, Any], **more: Any) -> dict[str, Any]:
+    if name == WEIGHTS:  # for which they were asked
+        more = {"parameters": {"model_name": OPT, "proof": "weights"}} | more
     return overview.summarise(outcome(name, verdict=report["verdict"], **more), report)
 
 
@@ -147,10 +149,10 @@ def page(whole: dict[str, Any]) -> Read:
         ([OPT, FAILED["run_name"]], "failed", f"1 of 2 failed: {FAILED['run_name']}"),
         (
             [OPT, NOT_RUN["run_name"]],
-            "incomplete",
+            "not run",
             f"{OPT} is the same model as LAVIS's, with one known difference; 1 of 2 not run",
         ),
-        ([NOT_RUN["run_name"]], "incomplete", "None of 1 was run"),
+        ([NOT_RUN["run_name"]], "not run", "None of 1 was run"),
         (
             [OPT, WEIGHTS],
             "good",

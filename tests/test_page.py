@@ -74,9 +74,12 @@ def full_arrays() -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def weights_only(complete_with: str = "blip2nb capture x") -> dict[str, Any]:
+def weights_alone(complete_with: str = "blip2nb capture x") -> dict[str, Any]:
     bare = {"stages": [], "logits": None, "captions": None, "pixel_values": None, "fusion": None, "examined": None}
-    value = {**whole(REPORTS["pass"]), **bare, "proof": "weights", "verdict": "weights_only", "sequences": {}}
+    value = {**whole(REPORTS["pass"]), **bare, "proof": "weights", "verdict": "incomplete", "sequences": {}}
+    value["incomplete"] = [
+        {"id": "no_lavis", "proof": "behaviour", "words": "Behaviour was not compared with LAVIS's."}
+    ]
     return {**value, "complete_with": complete_with, "provenance": {**value["provenance"], "reference": None}}
 
 
@@ -109,7 +112,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, np.ndarray]]] = {
     "match": (whole(REPORTS["pass"]), {}),  # without the figures that need arrays
     "explained": (whole(REPORTS["fault"]), ARRAYS_OF["fault"]),
     "diverges": (diverging(), {}),
-    "weights_only": (weights_only(), {}),
+    "incomplete": (weights_alone(), {}),
     "NaN": ({**whole(REPORTS["NaN"]), "verdict": "diverges"}, ARRAYS_OF["NaN"]),
     "full": (FULL, FULL_ARRAYS),
 }
@@ -204,16 +207,20 @@ def test_where_it_first_goes_wrong_and_why() -> None:
     ],
 )
 def test_what_completes_a_proof_is_told_without_paths(given: str, command: str) -> None:
-    said = Read(page.render(weights_only(given), {}))
+    said = Read(page.render(weights_alone(given), {}))
     assert f"{command} blip2nb verify RUN --tape tape.safetensors" in [element.text for element in said.all("pre")]
     assert not {"Place by place", "The captions"} & {element.text for element in said.all("h2", "h3")}
 
 
-def test_a_cast_model_is_told_what_can_be_proven() -> None:
-    report = weights_only("")
-    report["provenance"]["dtype"] = "bfloat16"
-    said = Read(page.render(report, {})).all("p")
-    assert any("cast to bfloat16 on request" in element.text for element in said)
+def test_what_is_missing_is_listed_with_the_command_that_completes_it() -> None:
+    report = copy.deepcopy(CASES["match"][0])
+    words = "The weights were cast to bfloat16, and their source is not here to be compared with them."
+    report["incomplete"] = [{"id": "weights", "proof": "weights", "words": words}]
+    report |= {"verdict": "incomplete", "complete_with": "blip2nb verify /home/jane/m --source /home/jane/a.pth"}
+    said = Read(page.render(report, {}))
+    assert words in [element.text for element in said.all("li")]
+    assert "blip2nb verify RUN --proof both --source YOUR_FILES" in [element.text for element in said.all("pre")]
+    assert any(element.text.startswith("Not proven.") for element in said.all("dd"))
 
 
 def test_a_checkpoint_of_ones_own_is_named_in_the_commands() -> None:
@@ -431,7 +438,7 @@ def test_what_a_model_or_a_file_says_is_text() -> None:
 
 
 def test_a_page_is_the_same_each_time() -> None:
-    assert page.render(*CASES["weights_only"]) == source("weights_only")
+    assert page.render(*CASES["incomplete"]) == source("incomplete")
 
 
 # -------------------------------------------------------------------------------------------------------- a real run
@@ -476,10 +483,10 @@ def test_a_page_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> No
     path = tmp_path / "report.html"
     path.write_text("old")
     with pytest.raises(KeyError):
-        page.save({**CASES["weights_only"][0], "verdict": "?"}, {}, path)
+        page.save({**CASES["incomplete"][0], "verdict": "?"}, {}, path)
     (tmp_path / "report.html.partial").mkdir()
     with pytest.raises(IsADirectoryError):
-        page.save(*CASES["weights_only"], path)
+        page.save(*CASES["incomplete"], path)
     assert path.read_text() == "old"
 
 

@@ -53,7 +53,12 @@ def found(stages, explains=(), captions=True, captions_fixed=True, pixels=True, 
         "logits": {"relative": 1e-5, "top1_agreement": 1.0, "fixed": {"relative": 1e-7}},
         "first_divergence": {"stage": "vision.post_layernorm", "module": "vision_model.post_layernorm", "cause": "eps"},
         "faults": list(faults),
+        "incomplete": [],
     }
+
+
+def missing(content, *ids):
+    return {**content, "incomplete": [{"id": id, "proof": "behaviour", "words": f"{id} is missing."} for id in ids]}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +74,17 @@ def found(stages, explains=(), captions=True, captions_fixed=True, pixels=True, 
         (found([stage()], pixels=False), "diverges", [], "image processor"),
         (found([stage()], missing=["x"]), "diverges", [], "x is missing"),
         (found([stage()], modules_different=["a is not b"], modules_equal=False), "diverges", [], "a is not b"),
-        ({**found([]), "proof": "weights"}, "weights_only", [], "bit for bit"),
+        (missing({**found([]), "proof": "weights"}, "no_lavis"), "incomplete", [], "bit for bit. no_lavis is missing."),
+        (missing(found([stage()]), "stages"), "incomplete", [], "No fault was found, but not everything was judged."),
+        (missing(found([stage(150)], AT), "stages"), "incomplete", ["post_layernorm_eps"], "stages is missing."),
+        (missing(found([stage(150)], faults=[FAULT]), "stages"), "diverges", ["bias_missing"], "First wrong at"),
+        (missing(found([stage()], missing=["x"]), "no_lavis"), "diverges", [], "x is missing"),
+        (
+            missing(found([stage()], captions=False, captions_fixed=False), "stages", "captions"),
+            "incomplete",
+            ["post_layernorm_eps"],
+            "captions is missing.",
+        ),
     ],
 )
 def test_every_finding_has_its_verdict(content, verdict, causes, words):

@@ -63,10 +63,12 @@ def test_a_right_conversion_passes_with_every_parameter_of_lavis_checked(convert
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_the_weights_proof_alone_gives_weights_only_and_the_command_that_completes_it(model_copy: Converted, name: str):
+def test_the_weights_proof_alone_is_incomplete_and_says_what_completes_it(model_copy: Converted, name: str):
     run = model_copy(name)
     report = verify(run, "weights")
-    assert report.verdict == "weights_only"
+    assert report.verdict == "incomplete"
+    assert [one.id for one in report.incomplete] == ["not_asked"]
+    assert (report.status("weights"), report.status()) == (0, 4)
     assert report["complete_with"].startswith("blip2nb ")
     assert str(run.folder) in report["complete_with"]
     assert report["weights"]["modules_equal"] is None

@@ -69,7 +69,7 @@ class Difference:
     Attributes:
         names: the runs' names.
         reports: what each run found.
-        verdicts: match, explained, diverges or weights_only.
+        verdicts: match, explained, diverges or incomplete.
         first_wrong: the stage at which each first goes wrong; "" for none.
         moved: the stages that moved, in the order of the network; empty where a run's behaviour was not compared.
         still: how many stages are in both and did not move.

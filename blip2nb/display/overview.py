@@ -25,7 +25,7 @@ from markupsafe import Markup
 from blip2nb.display import faults, templates
 from blip2nb.display.figures.depth import Depth
 from blip2nb.display.figures.words import as_count, as_number, as_percent, as_times, first_few
-from blip2nb.report import INFINITE, finite
+from blip2nb.report import INFINITE, finite, lacking
 from blip2nb.weights.convert import LOSSY
 from blip2nb.whole import write_whole
 
@@ -39,7 +39,7 @@ RESULTS = {
     "diverges": "not the same model",
     "no report": "without a report",
     "not run": "not run",
-    "weights_only": "proven by the weights alone",
+    "incomplete": "not proven in full",
     "explained": "the same but for a known difference",
     "match": "the same model",
 }
@@ -66,7 +66,8 @@ def summarise(outcome: Mapping[str, Any], report: Mapping[str, Any] | None = Non
     Returns:
         JSON values without control characters: the outcome's own, and
         result: one of RESULTS; page, notebook_page: links from the index's folder, or None; summary: the report's
-        sentence; proofs: name -> state ("passed", "explained", "failed" or "not done"), words, link; causes: in words;
+        sentence; missing: what the proof that was asked for lacks, in sentences; proofs: name -> state ("passed",
+        "explained", "failed" or "not done"), words, link; causes: in words;
         first_divergence: stage, module, size, cause, known; threshold; stages: columns; versions.
     """
     folder = str(outcome.get("folder") or "")
@@ -79,6 +80,7 @@ def summarise(outcome: Mapping[str, Any], report: Mapping[str, Any] | None = Non
         "page": page,
         "notebook_page": _link(folder, outcome["executed"]) if folder and outcome.get("executed") else None,
         "summary": report["summary"] if report else "",
+        "missing": [one["words"] for one in lacking(report, outcome["parameters"].get("proof", ""))] if report else [],
         "causes": _causes(report) if report else [],
         "first_divergence": _first_divergence(report) if report else None,
         "threshold": report.get("threshold") if report else None,
@@ -187,6 +189,8 @@ def _short(value: float) -> float | None:
 def _state(depth: Depth, place: int, own: float, known: set[str]) -> str:
     if math.isnan(own):  # what is not a number only because of what came before is not at fault
         return "not a number"
+    if depth.unjudged[place]:
+        return "not judged"
     if depth.names[place] in known:
         return "known"
     if depth.wrong[place] or (depth.junction[place] and own > 0):
@@ -198,10 +202,12 @@ def _state(depth: Depth, place: int, own: float, known: set[str]) -> str:
 
 
 def _proofs(report: Mapping[str, Any], entry: Entry) -> dict[str, tuple[str, str]]:
-    absent = ("not done", "not compared" if report["verdict"] == "weights_only" else "it does not load")
+    absent = ("not done", "it does not load" if report["faults"] else "not compared")
     layers = _of_layers(report, entry) if report["proof"] == "both" else absent
+    unproven = any(one["proof"] == "weights" for one in report["incomplete"])
+    weights = _of_weights(report["weights"])
     proofs = {
-        "weights": _of_weights(report["weights"]),
+        "weights": ("not done", "not compared with the source") if unproven and weights[0] == "passed" else weights,
         "pixels": _of_pixels(report["pixel_values"]) if report["pixel_values"] else absent,
         "layers": layers,
         "logits": _of_logits(report["logits"], layers[0]) if report["logits"] else absent,
@@ -243,6 +249,9 @@ def _of_layers(report: Mapping[str, Any], entry: Entry) -> tuple[str, str]:
         return "failed", f"first wrong at {wrong[0]}"
     alone = [one["excess"] for one in report["stages"] if one["excess"] and states[one["name"]] == "rounding"]
     rest = f"{min(alone):.2f}–{max(alone):.2f} × rounding" if alone else "bit-equal"
+    unjudged = [name for name, state in states.items() if state == "not judged"]
+    if unjudged:
+        return "not done", f"not judged: {first_few(unjudged, 2)}; else {rest}"
     known = [name for name, state in states.items() if state == "known"]
     if known:
         return "explained", f"known: {first_few(known, 2)}; else {rest}"
@@ -259,6 +268,8 @@ def _of_logits(logits: Mapping[str, Any], layers: str) -> tuple[str, str]:
     if layers == "failed":
         return "failed", f"{off}; same first token at {as_percent(logits['top1_agreement'])}"
     fixed = logits.get("fixed")
+    if layers == "not done":
+        return "not done", off
     if layers == "explained" and fixed:
         return "explained", f"{off}; {as_number(fixed['relative'])} with the remedy"
     return "passed", off
@@ -279,7 +290,7 @@ def _of_captions(report: Mapping[str, Any]) -> tuple[str, str]:
         return "explained", f"{said}, all with the remedy"
     if report["computed_in"] != "float32" and report["verdict"] != "diverges":
         return "explained", f"{said}, the others by rounding"
-    return "failed", said
+    return ("not done" if report["verdict"] == "incomplete" else "failed"), said
 
 
 def _anchors(report: Mapping[str, Any], proofs: Mapping[str, tuple[str, str]]) -> dict[str, str]:
@@ -306,16 +317,18 @@ def index(entries: Sequence[Entry]) -> dict[str, Any]:
         entries: what `summarise` gave for each run, in the order in which they were asked for.
 
     Returns:
-        state ("failed" if a run failed; else "diverges" if one does; else "incomplete" if one was not run; else
-        "good"), sentence, known (the differences that are known, with the number of runs), counts (by result), seconds,
+        state ("failed" if a run failed; else "diverges" if one does; else "not run" if one was not run; else
+        "incomplete" if a proof that was asked for is; else "good"), sentence, known (the differences that are known,
+        with the number of runs), counts (by result), seconds,
         versions (what -> package -> those that were met), runs.
     """
     counts = Counter(entry["result"] for entry in entries)
-    bad = (("failed", "failed"), ("diverges", "diverges"), ("not run", "incomplete"))
+    bad = [result for result in ("failed", "diverges", "not run") if counts[result]]
+    bad += ["incomplete"] if any(entry["missing"] for entry in entries) else []
     known = Counter(cause for entry in entries if entry["result"] == "explained" for cause in entry["causes"])
     return {
         "format": 1,
-        "state": next((state for result, state in bad if counts[result]), "good"),
+        "state": next(iter(bad), "good"),
         "sentence": _sentence(entries, counts, len(known)),
         "known": dict(known.most_common()),
         "counts": {result: counts[result] for result in RESULTS if counts[result]},
@@ -352,7 +365,9 @@ def _named(entries: Iterable[Entry]) -> list[str]:
 
 def _good(entries: Sequence[Entry], counts: Mapping[str, int], done: int, known: int) -> str:
     """What the runs are, where nothing is wrong with any."""
-    proven, alone, silent = counts["match"] + counts["explained"], counts["weights_only"], counts["no report"]
+    proven, silent = counts["match"] + counts["explained"], counts["no report"]
+    lacks = sum(bool(entry["missing"]) for entry in entries)
+    alone = counts["incomplete"] - lacks
     but = f", {'with one known difference' if known == 1 else 'with known differences'}"
     if proven == done:
         who = f"All {done} are" if done > 1 else f"{next(e['run_name'] for e in entries if e['result'] in RESULTS)} is"
@@ -361,6 +376,8 @@ def _good(entries: Sequence[Entry], counts: Mapping[str, int], done: int, known:
     said = []
     if proven:
         said.append(f"{proven} of {done} {'is' if proven == 1 else 'are'} the same model as LAVIS's{but * bool(known)}")
+    if lacks:
+        said.append(f"{lacks} {'is' if lacks == 1 else 'are'} not proven in full")
     if alone:
         said.append(f"of {alone} the weights alone were compared, and are the same")
     if silent:
@@ -410,7 +427,7 @@ _RESULT_SIGNS = {
     "explained": "≈",
     "diverges": "✗",
     "failed": "✗",
-    "weights_only": "½",
+    "incomplete": "½",
     "no report": "–",
     "not run": "–",
 }
@@ -582,7 +599,7 @@ def _miniature(entry: Entry, top: int) -> _Miniature:
 
 def _place(excess: float | None, state: str, top: int) -> float:
     """A place's height: what is bit-equal on a row of its own, what has no measure but is wrong at the top."""
-    if state in ("fault", "not a number", "known") and excess is None:
+    if state in ("fault", "not a number", "known", "not judged") and excess is None:
         return _TOP
     return _height(excess, top) if excess else _ZERO
 
@@ -591,8 +608,8 @@ def describe(entry: Entry) -> str:
     """What the miniature shows, for whoever cannot see it."""
     stages = entry["stages"]
     counts = Counter(stages["state"])
-    words = {"rounding": "by rounding alone", "bit-equal": "bit-equal", "known": "for a known reason",
-             "fault": "wrong", "not a number": "not a number"}  # fmt: skip
+    words = {"rounding": "by rounding alone", "not judged": "not judged", "bit-equal": "bit-equal",
+             "known": "for a known reason", "fault": "wrong", "not a number": "not a number"}  # fmt: skip
     said = ", ".join(f"{counts[state]} {word}" for state, word in words.items() if counts[state])
     first = entry["first_divergence"]
     where = f" {_first_words(first)}." if first else ""
@@ -634,6 +651,7 @@ def _that_fit(texts: Sequence[str], room: int) -> list[str]:
 def _row(entry: Entry) -> str:
     first = entry["first_divergence"]
     why = f"{first['stage']}, {first['size']}: {first['cause']}" if first else entry["error"]
+    why = why or " ".join(entry["missing"])
     proofs = [f"{SIGNS[one['state']]} {_escaped(one['words'])}" for one in entry["proofs"].values()]
     result = f"{_RESULT_SIGNS[entry['result']]} {RESULTS[entry['result']]}"
     return f"| {' | '.join([_code(entry['run_name']), result, *proofs, _escaped(_cut(why, 300))])} |\n"
@@ -670,13 +688,14 @@ def _code(text: str) -> str:
 
 
 def junit(index: Index) -> str:
-    """The runs as test cases: a divergence is a failure, a run that broke off an error."""
+    """The runs as test cases: a divergence is a failure, a run that broke off an error, and one that was not run or
+    lacks something of the proof that was asked for is skipped."""
     counts = index["counts"]
     totals = {
         "tests": str(len(index["runs"])),
         "failures": str(counts.get("diverges", 0)),
         "errors": str(counts.get("failed", 0)),
-        "skipped": str(counts.get("not run", 0)),
+        "skipped": str(counts.get("not run", 0) + sum(bool(entry["missing"]) for entry in index["runs"])),
         "time": f"{index['seconds']:.2f}",
     }
     suites = ElementTree.Element("testsuites", {"name": "blip2nb sweep", **totals})
@@ -705,3 +724,5 @@ def _outcome(case: ElementTree.Element, entry: Entry) -> None:
         ElementTree.SubElement(case, "error", attributes).text = entry["traceback"] or entry["error"]
     elif entry["result"] == "not run":
         ElementTree.SubElement(case, "skipped", {"message": entry["error"] or "not run"})
+    elif entry["missing"]:
+        ElementTree.SubElement(case, "skipped", {"message": f"incomplete: {' '.join(entry['missing'])}"})

@@ -93,11 +93,15 @@ def meaning(report: Report) -> list[tuple[str, str]]:
 def _safe(report: Report) -> str:
     if report["verdict"] == "match":
         return "Yes. It is the model that LAVIS runs."
-    if report["verdict"] == "weights_only":
+    if report["verdict"] == "incomplete" and any(one["proof"] == "weights" for one in report["incomplete"]):
+        return "Not proven. What the weights could be compared with is missing, as is said below."
+    if report["verdict"] == "incomplete" and report["proof"] == "weights":
         return (
             "The weights are LAVIS's. Whether the model also computes with them what LAVIS computes was not looked at: "
             "layers, logits and captions are not proven."
         )
+    if report["verdict"] == "incomplete":
+        return "Not proven in full. No fault was found in what was judged; what was not judged is listed below."
     if report["verdict"] == "diverges":
         return "No, not before what is said below is understood."
     if report["captions"]["equal"] and report["logits"]["top1_agreement"] == 1:
@@ -393,6 +397,8 @@ def _finding(report: Report, depth: Depth, place: int) -> str:
     if depth.wrong[place]:
         what = "does not arrive as in LAVIS" if depth.junction[place] else "more than rounding"
         return f"FAULT: {what}{f' ({causes[0]})' if causes else ''}"
+    if depth.unjudged[place]:
+        return f"NOT JUDGED: its float64 run failed ({report['stages'][place]['referee_error']})"
     own = depth.arrival_error if depth.junction[place] else depth.local_error
     return "bit-equal" if own[place] == 0 else "rounding alone"
 

@@ -18,7 +18,7 @@ VERDICTS = {
     "match": "the same model",
     "explained": "the same model, but for a known difference",
     "diverges": "not the same model",
-    "weights_only": "the weights are the same; behaviour was not compared",
+    "incomplete": "not proven in full",
 }
 
 
@@ -32,9 +32,10 @@ def describe(run: Run) -> str:
         lines += [f"  {line}" for line in Faults(report).lines()]
     here = run.model.is_dir()
     again = "" if here else ", once it is converted again (the converted model was removed)"
+    if report["incomplete"]:
+        lines += ["", "What is missing", *(f"  {one['words']}" for one in report["incomplete"])]
     if report.get("complete_with"):
-        lines += ["", f"To complete the proof, where LAVIS is installed (`make lavis`){again}:"]
-        lines += [f"  {report['complete_with']}"]
+        lines += ["", f"To complete the proof{where(report)}{again}:", f"  {report['complete_with']}"]
     for known in report["known_differences"]:
         lines += ["", f"{known['words']} ({known['id']})", f"  {known['why']}", f"  remedy: {known['fix']}"]
     lines += ["", f"To caption as LAVIS does{again}"]
@@ -73,12 +74,19 @@ def program(report: Mapping[str, Any]) -> str:
     )
 
 
+def where(report: Mapping[str, Any]) -> str:
+    """Where the command that completes a proof can run."""
+    return ", where LAVIS is installed (`make lavis`)" if report["proof"] == "weights" else ""
+
+
 def completion(report: Mapping[str, Any]) -> str:
-    """The commands that add the second proof, without the paths that `complete_with` has; "" where there are none."""
+    """The commands that complete a proof, without the paths that `complete_with` has; "" where there are none."""
     given = shlex.split(report.get("complete_with") or "")
     if not given:
         return ""
     named = "".join(f" {option} {value}" for option, value in _GIVEN.items() if option in given)
+    if "capture" not in given:
+        return f"blip2nb verify RUN --proof both{named}"
     lines = [f"blip2nb capture {report['model_name']}{named} --output tape.safetensors",
              "blip2nb verify RUN --tape tape.safetensors"]  # fmt: skip
     return "\n".join(lines)
@@ -117,8 +125,9 @@ def numbers(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         return out
     logits, stages = report["logits"], report["stages"]
     excess = [stage for stage in stages if stage["excess"] is not None]
-    worst = max(excess, key=lambda stage: stage["excess"])
-    fixed = [stage["fixed"]["excess"] for stage in excess if stage["fixed"]]
+    worst = max(excess, key=lambda stage: stage["excess"], default=None)
+    unjudged = [stage["name"] for stage in stages if is_unjudged(stage)]
+    fixed = [value for stage in excess if stage["fixed"] and (value := stage["fixed"]["excess"]) is not None]
     out += [
         (
             "LAVIS's modules",
@@ -128,8 +137,13 @@ def numbers(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             "pixel values",
             "equal" if report["pixel_values"]["equal"] else f"differ by {report['pixel_values']['max_abs']:.3g}",
         ),
-        ("layers", f"{len(stages)} places, error ÷ its own rounding at most {worst['excess']:.3g} ({worst['name']})"),
     ]
+    if worst is not None:
+        most = f"{worst['excess']:.3g} ({worst['name']})"
+        out.append(("layers", f"{len(stages)} places, error ÷ its own rounding at most {most}"))
+    if unjudged:
+        named = ", ".join(unjudged[:3]) + (" …" if len(unjudged) > 3 else "")
+        out.append(("layers, not judged", f"{len(unjudged)} of {len(stages)}: {named}"))
     if fixed and not report.get("faults"):
         out.append(("layers, with remedy", f"error ÷ its own rounding between {min(fixed):.2f} and {max(fixed):.2f}"))
     out.append(
@@ -151,19 +165,26 @@ def numbers(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     return out
 
 
+def is_unjudged(stage: Mapping[str, Any]) -> bool:
+    """Check whether a stage could not be judged, since its float64 run failed."""
+    return not stage["refereed"] and stage["excess"] is None and not stage["bit_equal"]
+
+
 def verdict_html(report: Mapping[str, Any]) -> str:
     """The verdict as a notebook shows it: a heading, the sentence, the faults, the numbers."""
-    colour = {"diverges": "#D55E00", "weights_only": "#666666"}.get(report["verdict"], "#0072B2")
+    colour = {"diverges": "#D55E00", "incomplete": "#666666"}.get(report["verdict"], "#0072B2")
     rows = "".join(
         f"<tr><th align='left'>{html.escape(label)}</th><td align='left'>{html.escape(value)}</td></tr>"
         for label, value in numbers(report)
     )
     faults = Faults(report)._repr_html_() if report.get("faults") else ""
     completion = ""
+    if report["incomplete"]:
+        items = "".join(f"<li>{html.escape(one['words'])}</li>" for one in report["incomplete"])
+        completion = f"<p>What is missing:</p><ul>{items}</ul>"
     if report.get("complete_with"):
-        completion = (
-            f"<p>To complete the proof, where LAVIS is installed:</p><pre>{html.escape(report['complete_with'])}</pre>"
-        )
+        command = html.escape(report["complete_with"])
+        completion += f"<p>To complete the proof{html.escape(where(report))}:</p><pre>{command}</pre>"
     return (
         f"<div style='border-left:4px solid {colour};padding-left:12px'><strong>{html.escape(report['model_name'])}: "
         f"{html.escape(report['verdict'])}</strong> ({VERDICTS[report['verdict']]})"

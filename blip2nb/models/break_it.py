@@ -36,7 +36,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from blip2nb.errors import RequestError
+from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.models import huggingface, verify
 from blip2nb.models.configuration import IMAGE_MEAN, IMAGE_STD
 from blip2nb.models.stages import module_pairs, stages
@@ -110,7 +110,9 @@ class Bench:
         with repaired(loaded.model, self.known):
             try:
                 return compare(self.tape, loaded.model, self.stages, inputs, explain=False)
-            except Exception:  # it stops on the way, as it may for a text of another length: keep what was seen before
+            except Exception as error:  # as it may for a text of another length: keep what was seen before it stopped
+                if memory_ran_out(error):
+                    raise
                 log.debug("the comparison stopped; once more, with what was seen before", exc_info=True)
                 return compare(self.tape, loaded.model, self.stages, inputs)
 
@@ -141,6 +143,8 @@ class Bench:
         try:
             return tuple(verify.findings(broken.folder, self.tape, source=self.source, **live)), ""
         except Exception as error:  # no answer is a wrong one, and says why
+            if memory_ran_out(error):
+                raise
             log.debug("no answer", exc_info=True)
             return (), f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
@@ -346,7 +350,7 @@ def shows(stage: str, before: Comparison, after: Comparison) -> bool:
     if after.stopped or exceeds(after[stage].arrival_error, ARRIVAL_TOLERANCE):
         return True
     rounding = before[stage].rounding
-    if rounding is None:  # a place between stages computes nothing
+    if rounding is None:  # a place between stages computes nothing, and one that was not refereed has no measure
         return False
     found = after.local_outputs.get(stage)
     moved = math.inf if found is None else distance(found, before.local_outputs[stage])

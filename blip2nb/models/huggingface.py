@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip2nb.errors import RequestError
+from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.variants import Variant
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def load(folder: Path, dtype: str = "float32") -> Loaded:
             )
         processor = AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        if memory_ran_out(error):
+            raise
         first = (str(error).splitlines() or [""])[0]
         raise RequestError(
             f"{folder} does not load ({type(error).__name__}: {first}). Convert again with overwrite."

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
-from blip2nb.errors import RequestError
+from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.variants import Variant
 
 log = logging.getLogger("blip2nb")
@@ -246,6 +246,8 @@ def _read(path: Path) -> Picture | Skipped:
     except Image.DecompressionBombError:
         return Skipped(name, f"larger than PIL's limit of {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels")
     except Exception as error:
+        if memory_ran_out(error):
+            raise  # which says nothing about the image
         words = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return Skipped(name, f"damaged or not readable ({words.replace(str(path), name)})")
 

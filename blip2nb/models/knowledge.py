@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from blip2nb.errors import RequestError
+from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.models.files import Opened
 from blip2nb.models.stages import parameter_pairs
 from blip2nb.trace.diagnose import AttributeDifference, Known
@@ -69,14 +69,27 @@ def before_the_cast(folder: Path, opened: Callable[[], Opened | None]) -> Weight
         saved = open_folder(folder)
         own = {name: tied.get(name, name) for name in {*saved, *tied}}
         return lambda name: saved[own[name]].tensor().float() if name in own else None
-    try:
-        source = opened()
-    except (RequestError, OSError):
-        source = None
+    source = at_hand(opened)
     if source is None:
         return None
     made = {str(entry.target): entry for entry in source.plan().written}
     return lambda name: _made(made[tied.get(name, name)], source) if tied.get(name, name) in made else None
+
+
+def at_hand(opened: Callable[[], Opened | None]) -> Opened | None:
+    """Open what a directory was converted from; None if it is gone or damaged."""
+    try:
+        return opened()
+    except (RequestError, OSError) as error:
+        if memory_ran_out(error):
+            raise
+        return None
+
+
+def made_again(name: str, source: Opened) -> torch.Tensor | None:
+    """Compute a tensor of transformers' from the source once more; None if the conversion makes no such tensor."""
+    entry = next((one for one in source.plan().written if str(one.target) == name), None)
+    return None if entry is None else _made(entry, source)
 
 
 def _made(entry: Entry, source: Opened) -> torch.Tensor:
@@ -120,10 +133,7 @@ class _Held:
 
     @functools.cached_property
     def _source(self) -> Opened | None:
-        try:
-            return self.opened()
-        except (RequestError, OSError):
-            return None
+        return at_hand(self.opened)
 
     @functools.cached_property
     def _entries(self) -> dict:

@@ -76,6 +76,7 @@ class Measured:
     Attributes:
         stages: in the order of the network.
         faults: names of those where more than rounding happens.
+        unjudged: names of those that could not be judged, since their float64 run failed.
         logits: as `compare_logits` gives them.
         rounding: what the logits are off in any case, where the two models' happen to be equal.
         kl, max_abs, same: of each position's next token: KL divergence in nats, the largest difference of a logit, and
@@ -84,6 +85,7 @@ class Measured:
 
     stages: tuple[StageResult, ...]
     faults: tuple[str, ...]
+    unjudged: tuple[str, ...]
     logits: Mapping[str, float]
     kl: np.ndarray
     max_abs: np.ndarray
@@ -101,13 +103,16 @@ class Measured:
             apart = (ours - expected)[0].abs().amax(-1)
             each = (kl_per_position(ours, expected).float().numpy(), apart.numpy(), same.float().numpy())
         faults = tuple(stage.name for stage in found.faults)
-        return cls(found.stages, faults, compare_logits(ours, expected), *each, FEW * expected.abs().max().item())
+        unjudged = tuple(stage.name for stage in found.unjudged)
+        rounding = FEW * expected.abs().max().item()
+        return cls(found.stages, faults, unjudged, compare_logits(ours, expected), *each, rounding)
 
     @property
     def error(self) -> float | None:
-        """How far the logits are off by rounding alone; None where it is not rounding alone, or not a number."""
+        """How far the logits are off by rounding alone; None where that is not known, or not a number."""
         largest = self.logits["max_abs"]
-        return None if self.faults or not math.isfinite(largest) else max(largest, self.rounding)
+        known = not self.faults and not self.unjudged and math.isfinite(largest)
+        return max(largest, self.rounding) if known else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +133,12 @@ class Take:
     def left(self) -> tuple[str, ...]:
         """Stages at fault that no known difference explains."""
         return (self.fixed or self.shipped).faults
+
+    @property
+    def unjudged(self) -> tuple[str, ...]:
+        """Stages that could not be judged, as shipped or with the known differences taken out."""
+        again = self.fixed.unjudged if self.fixed else ()
+        return tuple(dict.fromkeys(self.shipped.unjudged + again))
 
 
 def measure(
@@ -330,6 +341,7 @@ def _each(told: Mapping[str, Any], take: Take, modes: Mapping[str, Mapping[str, 
         "pixels_equal": take.pixels_equal,
         "faults": list(take.shipped.faults),
         "left": list(take.left),
+        "unjudged": list(take.unjudged),
         **{what: take.shipped.logits[what] for what in ("max_abs", "relative", "kl", "top1_agreement")},
         "kl_largest": largest,
         "captions_equal": {mode: said["equal"][number] for mode, said in modes.items()},

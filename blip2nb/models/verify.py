@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from blip2nb.errors import RequestError
+from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.models import evidence, huggingface, symptoms, takes
 from blip2nb.models.hub import CARD
-from blip2nb.models.knowledge import before_the_cast, knowledge, knowledge_of_cast
+from blip2nb.models.knowledge import at_hand, before_the_cast, knowledge, knowledge_of_cast, made_again
 from blip2nb.models.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
-from blip2nb.report import Report
+from blip2nb.report import FORMAT, Missing, Report
 from blip2nb.trace.causes import Cause
 from blip2nb.trace.comparison import Comparison, TableError, compare, compare_in_passing, faulty
 from blip2nb.trace.diagnose import (
@@ -61,6 +61,11 @@ CAPTION_MODES: dict[str, dict[str, Any]] = {
 beam's score by different lengths, so only the first two must agree."""
 
 
+NO_RECORDING = Missing(
+    "no_lavis", "behaviour", "Behaviour was not compared with LAVIS's: there is no recording of it for this model."
+)
+
+
 def verify(
     folder: Path,
     tape: Tape | None,
@@ -68,16 +73,18 @@ def verify(
     progress: Progress | None = None,
     source: Callable[[], Opened | None] = lambda: None,
     dtype: str = "",
+    missing: Missing = NO_RECORDING,
 ) -> Report:
     """Prove a converted directory.
 
     Args:
         folder: the converted directory.
         tape: LAVIS's recording of the same weights; without one only the weights are proven.
-        completion: the commands that add the second proof, for a report that has only the first.
+        completion: the command that completes the proof, for a report in which something is missing.
         progress: called with a word at each step.
         source: opens what it was converted from, or gives None; asked when a weight is wrong, for the right one.
         dtype: what to run it in, "float32", "bfloat16" or "float16"; float32 unless the weights were cast.
+        missing: why there is no recording, if there is none.
 
     Raises:
         RequestError: the directory is not one of ours, or does not load.
@@ -89,7 +96,7 @@ def verify(
     model = manifest.model_variant
     say("weights")
     content: dict[str, Any] = {
-        "format": 1,
+        "format": FORMAT,
         "model_name": model.name,
         "random_weights": model.twin,
         "computed_in": dtype or (manifest.dtype if manifest.dtype in LOSSY else "float32"),
@@ -107,14 +114,19 @@ def verify(
         "provenance": _provenance(folder, manifest, tape),
     }
     arrays: dict[str, np.ndarray] = {}
+    lacks = [missing] if tape is None else []
     if tape is None:
-        content["complete_with"] = completion
+        pass
     elif broken := _not_whole(folder, manifest, model, content["weights"]):
-        content["proof"] = "weights"  # it does not load whole, so there is nothing to run
+        content["proof"] = "weights"
         content["faults"] = [finding.report() for finding in broken]
+        lacks = [Missing("does_not_load", "behaviour", "The model does not load, so it was not run.")]
     else:
         content["versions"]["reference"] = tape.metadata["versions"]
         _prove_behaviour(folder, model, tape, source, content, arrays, say)
+    content["incomplete"] = [dataclasses.asdict(one) for one in [*_not_proven(content), *lacks, *_not_judged(content)]]
+    if content["incomplete"]:
+        content["complete_with"] = completion
     content |= _verdict(content)
     content["seconds"] = round(time.time() - started, 2)
     return Report(content, arrays)
@@ -150,6 +162,7 @@ def prove_weights(
         "unused": dict(manifest.unused),
         "no_way_back": dict(manifest.no_way_back),
         "origins": dict(manifest.origins),
+        "unproven": _compared_with_nothing(saved, manifest, model, tape, equal, source),
         "roundtrip": roundtrip,
         "roundtrip_differences": differences,
         "modules_equal": equal,
@@ -169,12 +182,16 @@ def _parameters_of(folder: Path) -> dict[str, tuple[int, ...]]:
     try:
         config = Blip2Config.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers checks fields with errors of its own
+        if memory_ran_out(error):
+            raise
         first = (str(error).splitlines() or [""])[0]
         raise RequestError(f"{folder / 'config.json'} is damaged ({first}). Convert again with overwrite.") from error
     try:
         with torch.device("meta"):
             state = Blip2ForConditionalGeneration(config).state_dict()
     except Exception as error:  # whatever its parts think of what they are given
+        if memory_ran_out(error):
+            raise
         first = (str(error).splitlines() or [""])[0]
         raise RequestError(
             f"{folder / 'config.json'} describes no model that transformers builds ({type(error).__name__}: {first}). "
@@ -214,6 +231,32 @@ def _casts(folder: Path, saved: Any, source: Callable[[], Opened | None]) -> tup
     judged = {name: known.same(name, saved[name].tensor()) for name in sorted(saved)}
     different = [f"{name} is not the source's" for name, same in judged.items() if same is False]
     return not different, different, sum(same is not None for same in judged.values())
+
+
+def _compared_with_nothing(
+    saved: Any,
+    manifest: Manifest,
+    model: Variant,
+    tape: Tape | None,
+    equal: bool | None,
+    source: Callable[[], Opened | None],
+) -> list[str]:
+    """The tensors that neither the round trip, a hash of LAVIS's nor the source could prove: all of a cast model whose
+    source is gone, and, without a recording, those that have no way back and are not made again from the source."""
+    if manifest.dtype in LOSSY:
+        return [] if equal is not None else sorted(saved)
+    changed = [str(one.target) for one in entries(model) if one.sources and one.sources[0] in manifest.no_way_back]
+    if tape is not None or not changed:
+        return []
+    opened = at_hand(source)
+    if opened is None:
+        return changed
+    made = {name: made_again(name, opened) for name in changed}
+    return [name for name, one in made.items() if one is None or not _is_that(saved[name].tensor(), one)]
+
+
+def _is_that(tensor: torch.Tensor, made: torch.Tensor) -> bool:
+    return tensor.shape == made.shape and torch.equal(tensor, made.to(tensor.dtype))
 
 
 def parameter_names(different: Sequence[str], saved: Any, model: Variant) -> list[str]:
@@ -611,7 +654,7 @@ def _captions(
 def _stage(place: Stage, number: int, shipped: Comparison, fixed: Comparison | None) -> dict[str, Any]:
     stage = {**dataclasses.asdict(shipped.stages[number]), "reference": place.reference}
     after = fixed.stages[number] if fixed is not None else None
-    names = ("arrival_error", "drift", "local_error", "rounding", "excess")
+    names = ("arrival_error", "drift", "local_error", "rounding", "excess", "refereed", "referee_error")
     stage["fixed"] = {name: getattr(after, name) for name in names} if after is not None else None
     return stage
 
@@ -631,7 +674,9 @@ def _known(
         "why": known.why,
         "fix": known.fix,
         "explains": [
-            one.name for one in shipped.faults if one.name == known.stage and not after.faulty(fixed.threshold)
+            one.name
+            for one in shipped.faults
+            if one.name == known.stage and after.judged and not after.faulty(fixed.threshold)
         ],
         "counter_test": {
             "local_error": [before.local_error, after.local_error],
@@ -695,11 +740,70 @@ def _cause(known: Mapping[str, Any]) -> str:
     return f"{known['words']}: LAVIS {known['lavis']}, transformers {known['transformers']}"
 
 
+# -- what is missing
+
+
+def _not_proven(content: Mapping[str, Any]) -> list[Missing]:
+    """Weights that there was nothing to compare with."""
+    weights = content["weights"]
+    names = weights["unproven"]
+    if not names:
+        return []
+    if weights["dtype"] in LOSSY:
+        words = f"The weights were cast to {weights['dtype']}, and their source is not here to be compared with them."
+    else:
+        said = f"{names[0]} was computed anew and has no way back"
+        more = f" ({len(names)} such tensors)" if len(names) > 1 else ""
+        words = f"{said}{more}; neither the source nor a recording of LAVIS gave the same tensor."
+    return [Missing("weights", "weights", words)]
+
+
+def _not_judged(content: Mapping[str, Any]) -> list[Missing]:
+    """Stages, images and captions of which rounding could not be told from a fault."""
+    out = []
+    stages = {one["name"]: why for one in content["stages"] if (why := _why_not_judged(one)) is not None}
+    if stages:
+        some = ", ".join(f"{name} ({why})" for name, why in [*stages.items()][:3])
+        more = f" and {len(stages) - 3} more" if len(stages) > 3 else ""
+        words = f"{len(stages)} of {len(content['stages'])} stages are not judged, since their float64 run failed: "
+        out.append(Missing("stages", "behaviour", f"{words}{some}{more}."))
+    images = content["images"]
+    others = [one for one in images["each"][1:] if one["unjudged"]] if images else []
+    if others:
+        words = f"On {len(others)} of {len(images['each'])} images and texts a stage is not judged, since its float64"
+        first = f"{others[0]['unjudged'][0]} on {others[0]['image']}"
+        out.append(Missing("images", "behaviour", f"{words} run failed: {first}."))
+    captions = content["captions"]
+    if out and captions and not captions["equal"] and captions["equal_when_fixed"] is not True:
+        words = "Captions differ, and while stages are not judged, nothing tells whether rounding alone chose them."
+        out.append(Missing("captions", "text", words))
+    return out
+
+
+def _why_not_judged(stage: Mapping[str, Any]) -> str | None:
+    """What ended the float64 run of a stage that is not judged, as it ships or with the known differences fixed."""
+    for one in (stage, stage["fixed"]):
+        if one and not one["refereed"] and one["excess"] is None:
+            return one["referee_error"]
+    return None
+
+
 # -- the verdict
 
 
 def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
-    """match, explained, diverges or weights_only, the causes, and the sentence a person reads."""
+    """match, explained, diverges or incomplete, the causes, and the sentence a person reads. A fault that was found
+    stays one, whatever is missing; without one, what is missing counts."""
+    answer = _of_what_was_compared(content)
+    if answer["verdict"] == "diverges" or not content["incomplete"]:
+        return answer
+    first = answer["summary"] if content["proof"] == "weights" else "No fault was found, but not everything was judged."
+    words = " ".join([first, *(one["words"] for one in content["incomplete"])])
+    return _answer("incomplete", answer["causes"], words)
+
+
+def _of_what_was_compared(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The verdict that what was run and judged would give by itself."""
     weights = content["weights"]
     problems = (
         [f"{name} is missing" for name in weights["missing"]]
@@ -717,8 +821,7 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
     if content["proof"] == "weights":
         cast = f", cast to {weights['dtype']} on request and so with no way back"
         back = " and go back bit for bit" if weights["roundtrip"] else cast
-        sentence = f"All {weights['written']} tensors are accounted for{back}. Behaviour was not compared with LAVIS's."
-        return _answer("weights_only", [], sentence)
+        return _answer("match", [], f"All {weights['written']} tensors are accounted for{back}.")
     faults = [stage for stage in content["stages"] if _faulty(stage, content["threshold"])]
     causes = [one["id"] for one in content["known_differences"] if one["explains"] and one["stage"] != "captions"]
     captions = content["captions"]
@@ -735,7 +838,8 @@ def _verdict(content: Mapping[str, Any]) -> dict[str, Any]:
         sentence = f"Every layer agrees with LAVIS's float32 to the rounding of {content['computed_in']}"
         same = "the captions are the same" if captions["equal"] else "some captions differ, as rounding alone can do"
         return _answer("explained" if faults else "match", causes, f"{sentence}; {same}.")
-    if not captions["equal"] and captions["equal_when_fixed"] is not True:
+    cannot_tell = any(one["id"] == "captions" for one in content["incomplete"])
+    if not captions["equal"] and captions["equal_when_fixed"] is not True and not cannot_tell:
         return _answer(
             "diverges", causes, "Every layer agrees, but the captions do not: look at generation's settings."
         )

@@ -11,12 +11,13 @@ from blip2nb.errors import RequestError
 from blip2nb.models.inputs import Chosen, demo_hash
 from blip2nb.models.preview import memory_proving
 from blip2nb.models.stages import stages
+from blip2nb.report import Missing
 from blip2nb.run.environment import Lavis, find_lavis
 from blip2nb.runs import Run
 from blip2nb.trace.stage import places
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant
-from blip2nb.weights.convert import Manifest
+from blip2nb.weights.convert import LOSSY, Manifest
 
 log = logging.getLogger("blip2nb")
 
@@ -106,6 +107,17 @@ def can_compare(proof: str, manifest: Manifest) -> bool:
     return not short
 
 
+def why_not_compared(proof: str, manifest: Manifest) -> Missing:
+    """Why a verification has no recording to compare with."""
+    short = memory_short(manifest.model_variant)
+    id, why = "no_lavis", "no recording of LAVIS fits it, and there is no environment with LAVIS to make one."
+    if proof == "weights":
+        id, why = "not_asked", "the weights alone were asked for."
+    elif short:
+        id, why = "no_memory", short
+    return Missing(id, "behaviour", f"Behaviour was not compared with LAVIS's: {why}")
+
+
 def memory_short(model: Variant) -> str:
     """A sentence when this machine cannot hold the model in float32, as both sides are compared; else ""."""
     needed, total = memory_proving(model), resources.memory()
@@ -132,7 +144,12 @@ def report_holds(run: Run, lavis_python: str | Path = "", chosen: Chosen | None 
 
     if not (run.folder / "report.json").is_file():
         return False
-    report, manifest = run.report.content, Manifest.read(run.model)
+    manifest = Manifest.read(run.model)
+    try:
+        report = run.report.content
+    except RequestError as error:
+        log.info("%s", error)
+        return False
     provenance = report.get("provenance") or {}
     same = provenance.get("state") == state(run.model)
     shown = (provenance.get("reference") or {}).get("inputs_hash")
@@ -141,11 +158,21 @@ def report_holds(run: Run, lavis_python: str | Path = "", chosen: Chosen | None 
         return False
     if not same or report["versions"].get("checked with") != versions():
         return False
+    if any(one["id"] in ("weights", "stages", "images", "captions") for one in report["incomplete"]):
+        return False  # the source or the memory may be there by now
     return (
         report["proof"] == "both"
         or not can_compare("auto", manifest)
         or (find_tape(run, manifest, chosen) is None and find_lavis(lavis_python) is None)
     )
+
+
+def again(run: Run, manifest: Manifest, source: str | Path) -> str:
+    """The command that verifies a run once more, where something could not be judged."""
+    words = ["blip2nb", "verify", str(run.model), "--proof", "both", "--output", str(run.folder)]
+    if manifest.dtype in LOSSY:
+        words += ["--source", str(source) or "SOURCE"]
+    return shlex.join(words)
 
 
 def completion(run: Run, manifest: Manifest, source: str | Path, base: str | Path = "") -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import html
-import json
 import logging
 import re
 import shlex
@@ -15,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blip2nb.errors import RequestError
+from blip2nb.errors import Diverges, RequestError
+from blip2nb.report import INCOMPLETE, content_of
 from blip2nb.resources import cores
 from blip2nb.sweeps import worker
 from blip2nb.sweeps.asked import Asked
@@ -50,10 +50,13 @@ class Sweep:
 
     @property
     def status(self) -> int:
-        """What the command line ends with: 0 all good, 1 one diverges, 3 one failed or was not run."""
+        """What the command line ends with: 3 if a run failed or was not made, else 1 if one diverges, else 4 if one
+        lacks something of the proof that was asked for, else 0."""
         if any(run["state"] != "finished" for run in self.runs):
             return 3
-        return 1 if any(run["verdict"] == "diverges" for run in self.runs) else 0
+        if any(run["verdict"] == "diverges" for run in self.runs):
+            return Diverges.exit_status
+        return INCOMPLETE if any(run["missing"] for run in self.runs) else 0
 
     def figure(self, width: float = 7.0) -> Any:
         """The sweep as a figure: what was proven of which run, and its errors over depth."""
@@ -82,6 +85,8 @@ def _words(run: Mapping[str, Any]) -> str:
     if run["error"] or (first and run["verdict"] == "diverges"):
         return run["error"] or f"first wrong at {first['stage']}: {first['cause']}"
     took = "finished before" if run["earlier"] else worker.duration(run["seconds"])
+    if run["missing"]:
+        return "; ".join([took, *run["missing"]])
     layers = run["proofs"]["layers"]
     return "; ".join([took] + [f"layers {layers['words']}"] * (layers["state"] != "not done"))
 
@@ -126,7 +131,7 @@ def gather(runs: Sequence[Asked], output: str | Path = "") -> Sweep:
         if record is not None:
             outcomes[task.name] = record | {"earlier": True}
         elif report is not None:  # made by hand
-            verdict = json.loads(report)["verdict"]
+            verdict = content_of(report, f"{task.name}/report.json")["verdict"]
             outcomes[task.name] = task.outcome("finished", verdict=verdict, folder=task.name, earlier=True)
     return _report(tasks, outcomes, where)
 
@@ -291,7 +296,8 @@ def _report(tasks: Iterable[Task], outcomes: Mapping[str, Mapping[str, Any]], wh
     for task in tasks:
         outcome = outcomes.get(task.name) or task.outcome("not run")
         report = where.read(f"{outcome['folder']}/report.json") if outcome["state"] == "finished" else None
-        entries.append(overview.summarise(outcome, json.loads(report) if report is not None else None))
+        content = None if report is None else content_of(report, f"{outcome['folder']}/report.json")
+        entries.append(overview.summarise(outcome, content))
     index = overview.index(entries)
     where.write(overview.texts(index))
     return Sweep(where.address, index)

@@ -62,13 +62,13 @@ class CounterTest:
 
     Attributes:
         change: what was done, as the end of a sentence: "with eps 1e-05".
-        local_error, excess: before and after.
+        local_error, excess: before and after; an excess is None where the stage does not run in float64.
         passed: after it only rounding is left.
     """
 
     change: str
     local_error: tuple[float, float]
-    excess: tuple[float, float]
+    excess: tuple[float | None, float | None]
     passed: bool
 
     def __str__(self) -> str:

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from blip2nb.errors import memory_ran_out
 from blip2nb.trace import arrivals
 from blip2nb.trace.causes import Cause, CounterTest
 from blip2nb.trace.diagnose import (
@@ -35,7 +36,7 @@ from blip2nb.trace.diagnose import (
     still,
 )
 from blip2nb.trace.inside import Suspect, parameters_of, part_of
-from blip2nb.trace.metrics import CEILING, FEW, THRESHOLD, distance, exceeds, judge, judge_alone, unit
+from blip2nb.trace.metrics import CEILING, FEW, THRESHOLD, distance, exceeds, judged, unit
 from blip2nb.trace.precision import HALF, Weights, in_float64, one_by_one, only_sums
 from blip2nb.trace.stage import Stage, places, places_inside
 from blip2nb.trace.tape import Tape, first_tensor, recording, split_place, with_first
@@ -59,7 +60,10 @@ class StageResult:
         local_error: distance of its output when fed the reference's inputs. None at a junction.
         rounding: distance of the candidate's output to the same stage in float64, on those inputs.
         excess: the reference's distance to float64 over the candidate's. 1 where both are bit-equal, infinite where
-            the candidate is exact and the reference differs.
+            the candidate is exact and the reference differs. None where the float64 run failed and the outputs are
+            neither equal nor so far apart that no rounding explains it: then the stage is not judged.
+        refereed: whether the float64 run came to its end.
+        referee_error: what ended it, on one line; "" where nothing did.
     """
 
     name: str
@@ -71,6 +75,13 @@ class StageResult:
     rounding: float | None = None
     excess: float | None = None
     bit_equal: bool | None = None
+    refereed: bool = True
+    referee_error: str = ""
+
+    @property
+    def judged(self) -> bool:
+        """Whether it is known that only rounding happens here, or that more does."""
+        return self.refereed or self.excess is not None
 
     def faulty(self, threshold: float = THRESHOLD) -> bool:
         """Whether more than rounding happens here or on the way here. NaN is a fault."""
@@ -103,6 +114,11 @@ class Comparison:
         return [stage for stage in self.stages if stage.faulty(self.threshold)]
 
     @property
+    def unjudged(self) -> list[StageResult]:
+        """The stages that could not be judged, since their float64 run failed."""
+        return [stage for stage in self.stages if not stage.judged]
+
+    @property
     def first_divergence(self) -> StageResult | None:
         return next(iter(self.faults), None)
 
@@ -133,20 +149,27 @@ class Comparison:
                 f"<td>{'–' if value is None else format(value, '.2g')}</td>"
                 for value in (stage.arrival_error, stage.local_error, stage.excess, stage.drift)
             )
-            + f"<td align='left'>{'<b>wrong</b>' if stage.faulty(self.threshold) else ''}</td></tr>"
+            + f"<td align='left'>{self._word(stage)}</td></tr>"
             for stage in self.stages
         )
         found = "".join(f"<li>{html.escape(str(finding))}</li>" for finding in self.findings)
         return f"<p>{html.escape(repr(self))}</p><ul>{found}</ul><table><tr>{head}</tr>{rows}</table>"
 
+    def _word(self, stage: StageResult) -> str:
+        if stage.faulty(self.threshold):
+            return "<b>wrong</b>"
+        return "" if stage.judged else f"not judged: its float64 run failed ({html.escape(stage.referee_error)})"
+
     def __repr__(self) -> str:
-        first = self.first_divergence
+        first, count = self.first_divergence, len(self.unjudged)
+        rest = f", {count} not judged" if count else ""
         if first is None:
-            return f"Comparison({len(self.stages)} stages, no error above rounding)"
-        return f"Comparison({len(self.stages)} stages, first wrong at {first.name}, {len(self.faults)} in all)"
+            return f"Comparison({len(self.stages)} stages, no error above rounding{rest})"
+        return f"Comparison({len(self.stages)} stages, first wrong at {first.name}, {len(self.faults)} in all{rest})"
 
     def __str__(self) -> str:
-        return "\n".join([repr(self), *(f"  {finding}" for finding in self.findings)])
+        unjudged = (f"{one.name}: not judged, its float64 run failed ({one.referee_error})" for one in self.unjudged)
+        return "\n".join([repr(self), *(f"  {line}" for line in (*self.findings, *unjudged))])
 
 
 def compare(
@@ -495,6 +518,8 @@ class _Forcing:
         except TableError:
             raise
         except Exception as error:
+            if memory_ran_out(error):
+                raise  # which says nothing about the model
             if not explain:
                 error.add_note(f"Raised at the stage {self.at}, which was fed the reference's inputs.")
                 raise
@@ -621,12 +646,9 @@ class _Forcing:
         if found.shape != expected.shape:
             self.local[stage.name] = _NEVER_CALLED
         else:
-            try:
-                exact = self._referee(stage, module, args, kwargs)
-                least = functools.partial(self._least, stage, module, args, kwargs)
-                self.local[stage.name] = judge(found, expected, exact, self._unit(module), self.cast == 0, least)
-            except (RuntimeError, TypeError, ValueError):  # it casts, or calls what was not widened
-                self.local[stage.name] = judge_alone(found, expected)
+            exactly = functools.partial(self._referee, stage, module, args, kwargs)
+            least = functools.partial(self._least, stage, module, args, kwargs)
+            self.local[stage.name] = judged(found, expected, exactly, self._unit(module), self.cast == 0, least)
         excess = self.local[stage.name]["excess"]
         if self._not_repeatable(stage, module, args, kwargs, found) or exceeds(excess, THRESHOLD):
             self.suspects[stage.name] = Suspect(
@@ -655,7 +677,7 @@ class _Forcing:
         for rounding: its float64 is as far from it as the reference is."""
         result = self.local[stage.name]
         coarse = exceeds(result["rounding"], COARSE[found.dtype]) or exceeds(result["excess"], THRESHOLD)
-        if result["bit_equal"] or not coarse:
+        if result["bit_equal"] or not (coarse or result["excess"] is None):
             return False
         if not found.isfinite().all():
             return False

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from blip2nb.errors import memory_ran_out
 from blip2nb.trace import computing
 from blip2nb.trace.causes import Cause, CounterTest
 from blip2nb.trace.inside import QUERY_KEY_VALUE, Look, Suspect, first_not_finite, part_of
@@ -222,7 +223,8 @@ class _Case:
                 cause = Cause(id, words, whole, "computed again from its own weight and bias")
                 return Finding(
                     self.suspect.name, whole, part_of(path, module), None, error, look.rounding,
-                    error / max(look.rounding, _LEAST), self.looks, (cause,),
+                    error / max(look.rounding, _LEAST) if math.isfinite(look.rounding) else math.inf,
+                    self.looks, (cause,),
                 )  # fmt: skip
         return None
 
@@ -341,7 +343,8 @@ class _Case:
         with self.all_right():
             after = self.suspect.judged()
         errors, excesses = ((before[name], after[name]) for name in ("local_error", "excess"))
-        test = CounterTest("with its own weights", errors, excesses, not exceeds(after["excess"], THRESHOLD))
+        passed = after["excess"] is not None and not exceeds(after["excess"], THRESHOLD)
+        test = CounterTest("with its own weights", errors, excesses, passed)
         cause = Cause(id, words, self.suspect.path, f"{moved[path]} of its {count} weights, bit for bit", test)
         measured = (before["local_error"], before["rounding"], before["excess"])
         return Finding(self.suspect.name, self.suspect.path, "layer", None, *measured, self.looks, (cause,))
@@ -383,7 +386,9 @@ class _Case:
         with repaired(self.candidate, differences):
             try:
                 return self._after(look, change)
-            except (RuntimeError, ValueError, TypeError, IndexError):
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                if memory_ran_out(error):
+                    raise
                 return None
 
     def _scale_with(self, differences: Sequence[AttributeDifference]) -> list[AttributeDifference]:
@@ -412,6 +417,8 @@ class _Case:
         try:
             return tests.get(look.part, self._linear)(look) or self._pattern(look)
         except (RuntimeError, ValueError, IndexError, KeyError) as error:  # a module unlike any that was thought of
+            if memory_ran_out(error):
+                raise
             log.warning("%s: what it computes could not be told (%s)", look.module, error)
             return []
 
@@ -640,7 +647,7 @@ class _Case:
     def _after(self, look: Look, change: str) -> CounterTest:
         after = next((one for one in self.suspect.looks() if one.key == look.key), look)
         errors, excesses = (look.local_error, after.local_error), (look.excess, after.excess)
-        return CounterTest(change, errors, excesses, not after.faulty)
+        return CounterTest(change, errors, excesses, after.sound)
 
 
 def arriving_weights(
@@ -752,7 +759,7 @@ def _seen_again(look: Look, earlier: Look) -> bool:
     if not look.expected.is_floating_point() or len(shapes) > 1:
         return False
     new, old = look.exact - look.expected.double(), earlier.exact - earlier.expected.double()
-    return computing.off(new, old) <= 1e-2 and earlier.excess > 10
+    return computing.off(new, old) <= 1e-2 and (earlier.excess or 0.0) > 10
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -813,7 +820,7 @@ def _random(suspect: Suspect) -> Finding | None:
         calm = repeated(suspect.output(), suspect.output())
         after = next((one for one in suspect.looks() if one.key == at.key), at)
     rounding = (at.local_error, after.local_error), (math.inf, after.excess)
-    test = CounterTest("with every module in eval mode", *rounding, calm and not after.faulty)
+    test = CounterTest("with every module in eval mode", *rounding, calm and after.sound)
     named = f"{len(live)} of its modules are in training mode" if live else "no module is in training mode"
     size = computing.off(second, first)
     words = f"it gives another output each time; {named}"

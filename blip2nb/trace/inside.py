@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from blip2nb.trace.metrics import FEW, THRESHOLD, exceeds, judge, judge_alone
+from blip2nb.trace.metrics import FEW, THRESHOLD, exceeds, judge, judge_alone, judged
 from blip2nb.trace.tape import Tape, first_tensor, sample_rows, with_first
 
 QUERY_KEY_VALUE = {
@@ -34,7 +34,7 @@ class Look:
         key: what tells it from the others, `path:in` or `path:out` of the paired module, relative to the stage's.
         module: the candidate's module to blame if it is wrong: itself, or the one whose code lies before it.
         part: what that is called: norm, query, attention, projection, mlp, activation, residual, …
-        local_error, rounding, excess: as for a stage.
+        local_error, rounding, excess: as for a stage; where the stage does not run in float64, rounding is NaN.
         expected, found, exact: the reference's values, the candidate's, and the candidate's in float64; at the sampled
             positions.
     """
@@ -44,7 +44,7 @@ class Look:
     part: str
     local_error: float
     rounding: float
-    excess: float
+    excess: float | None
     expected: torch.Tensor = dataclasses.field(repr=False)
     found: torch.Tensor = dataclasses.field(repr=False)
     exact: torch.Tensor = dataclasses.field(repr=False)
@@ -57,6 +57,11 @@ class Look:
     def faulty(self) -> bool:
         """Whether more than rounding happens here. NaN is a fault."""
         return exceeds(self.excess, THRESHOLD)
+
+    @property
+    def sound(self) -> bool:
+        """Whether it is known that only rounding happens here."""
+        return self.excess is not None and not self.faulty
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -103,10 +108,7 @@ class Suspect:
         if found.shape != self.expected.shape:
             return {"local_error": math.inf, "rounding": math.nan, "excess": math.inf}
         with torch.no_grad():
-            try:
-                return judge(found, self.expected, self.exactly(), self.unit, self.strict)
-            except (RuntimeError, TypeError, ValueError):
-                return judge_alone(found, self.expected)
+            return judged(found, self.expected, self.exactly, self.unit, self.strict)
 
     def looks(self) -> list[Look]:
         """Every place inside that the reference recorded, in the order of execution, and last the stage's output."""
@@ -114,7 +116,7 @@ class Suspect:
             own = _Forced(self, self.output)
             try:
                 exact = _Forced(self, self.exactly)
-            except (RuntimeError, TypeError, ValueError):  # it does not run in float64
+            except Exception:  # it does not run in float64, for whatever reason
                 return [own.look(key, self.path, None) for key in own.seen]
         return [own.look(key, self.path, exact.seen[key]) for key in own.seen if key in exact.seen]
 
@@ -124,7 +126,7 @@ class Suspect:
         with torch.no_grad():
             try:
                 return _Forced(self, self.exactly).whole
-            except (RuntimeError, TypeError, ValueError):
+            except Exception:
                 values = _Forced(self, self.output).whole
                 return {key: one.double() if one.is_floating_point() else one for key, one in values.items()}
 
@@ -226,10 +228,11 @@ class _Forced:
     def look(self, key: str, path: str, exact: _Seen | None) -> Look:
         seen = self.seen[key]
         module, part = self._blame(key, seen)
+        values: dict[str, Any]
         if seen.found.shape != seen.expected.shape:
             values = {"local_error": math.inf, "rounding": math.nan, "excess": math.inf}
         else:
-            values = judge_alone(seen.found, seen.expected)
+            values = {**judge_alone(seen.found, seen.expected, self.suspect.strict), "rounding": math.nan}
             if exact is not None:
                 least = (lambda _exact: FEW / THRESHOLD) if part == "activation" else None  # as libraries differ
                 values = judge(seen.found, seen.expected, exact.found, self.suspect.unit, self.suspect.strict, least)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from blip2nb.errors import memory_ran_out
 from blip2nb.trace.precision import HALF
 
 THRESHOLD = 3.0
@@ -117,14 +119,55 @@ CEILING = 2.0**-13
 the least that half precision costs is one rounding to float16, 2⁻¹² on average. Float32 stays far below: on unbroken
 pairs the largest of 12,816 was 9e-6, and the largest rounding 6e-5."""
 
-NOMINAL = 3e-7
-"""The rounding of a block in float32, where it cannot be measured."""
 
+def judge_alone(found: torch.Tensor, expected: torch.Tensor, strict: bool = True) -> dict[str, float | bool | None]:
+    """The same without a referee: only what needs none is judged, by no tolerance that the referee's judgement lacks.
 
-def judge_alone(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float | bool]:
-    """The same without a referee, for a module that does not run in float64: against the usual rounding of a block."""
+    Returns:
+        As `judge`, with rounding None. excess is 1 for equal outputs, NaN for one that is not a number, infinite for an
+        error above `CEILING` in float32, which `judge` takes for a fault whatever the referee says, and else None: such
+        an error may be rounding or a small fault, and nothing here can tell which.
+    """
     error = distance(found, expected)
-    return {"local_error": error, "rounding": NOMINAL, "excess": error / NOMINAL, "bit_equal": error == 0}
+    copied = found.dtype in HALF and torch.equal(found.cpu(), expected.cpu().to(found.dtype))
+    excess: float | None = 1.0 if not error or copied else math.nan if math.isnan(error) else None
+    if excess is None and (math.isinf(error) or (strict and error > CEILING)):
+        excess = math.inf
+    return {"local_error": error, "rounding": None, "excess": excess, "bit_equal": error == 0}
+
+
+def judged(
+    found: torch.Tensor,
+    expected: torch.Tensor,
+    exactly: Callable[[], torch.Tensor],
+    unit: float = 1.0,
+    strict: bool = True,
+    least: Callable[[torch.Tensor], float] | None = None,
+) -> dict[str, Any]:
+    """Judge with the float64 run as the referee or, if that fails, without one.
+
+    Args:
+        exactly: runs the candidate's computation in float64, on the same inputs.
+        unit, strict, least: as for `judge`.
+
+    Returns:
+        As `judge`, and refereed: whether the float64 run came to its end; referee_error: what ended it, or "".
+    """
+    try:
+        exact = exactly()
+        if bool(found.isfinite().all()) and not bool(exact.isfinite().all()):
+            raise ValueError("it gives values that are not numbers, which its float32 run does not")
+        return {**judge(found, expected, exact, unit, strict, least), "refereed": True, "referee_error": ""}
+    except Exception as error:  # it casts, calls what was not widened, lacks the memory, or does not know float64
+        return {**judge_alone(found, expected, strict), "refereed": False, "referee_error": reason(error)}
+
+
+def reason(error: Exception) -> str:
+    """Why a float64 run failed, on one line."""
+    if memory_ran_out(error):
+        return "memory ran out"
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first:.200}".removesuffix(": ")
 
 
 def compare_logits(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:

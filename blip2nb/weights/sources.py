@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from blip2nb.errors import RequestError
+from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.variants import Variant
 from blip2nb.weights.mapping import FuseQueryValueBias, MappingError, Tied, entries
 from blip2nb.weights.stored import SIZES, Stored
@@ -116,7 +116,9 @@ def holds_weights(folder: Path) -> bool:
     """Whether `open_folder` would open it: weights, with every shard whole."""
     try:
         open_folder(folder)
-    except RequestError:
+    except RequestError as error:
+        if memory_ran_out(error):
+            raise
         return False
     return True
 

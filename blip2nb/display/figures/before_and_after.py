@@ -64,6 +64,8 @@ def _moves(stages: Sequence[Mapping[str, Any]]) -> tuple[list[Move], int]:
         before, after = to_floats([stage.get("excess"), (stage.get("fixed") or {}).get("excess")])
         if stage.get("junction") or not stage.get("fixed"):
             continue
+        if not all(side.get("refereed", True) for side in (stage, stage["fixed"])):
+            continue  # there is no number to move from or to
         alike = (math.isnan(before) and math.isnan(after)) or abs(after - before) <= SMALLEST_MOVE * abs(before)
         if alike:
             still += 1

@@ -62,7 +62,8 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     for axes in (above, below):
         part_lines(axes, depth)
     hatch_where(above, depth.broken, "NaN")
-    hatch_where(below, depth.broken | depth.unjudged, "")
+    hatch_where(below, depth.broken, "")
+    hatch_where(below, depth.unjudged & ~depth.broken, "not judged")
     above.set_xlim(-0.9, len(depth.names) - 0.1)
     above.tick_params(labelbottom=False, bottom=False)
     block_ticks(below, depth, width)
@@ -82,12 +83,17 @@ def _finding(report: Report, depth: Depth) -> str:
     if depth.broken.any():
         return f"Not a number at {depth.names[int(depth.broken.argmax())]}: the stages hatched cannot be judged"
     own = np.where(depth.junction, depth.arrival_error, depth.local_error)
+    if depth.unjudged.any() and np.isnan(depth.excess).all():
+        return "No stage is judged, since the float64 runs failed"
     if len(own) and not own.any():
         return f"Bit-equal at all {len(own)} stages, each fed what LAVIS fed it"
     worst = int(np.nanargmax(depth.excess)) if not np.isnan(depth.excess).all() else 0
     top = f"{as_times(depth.excess[worst])} its own rounding, at {depth.names[worst]}"
     if depth.wrong.any():
         return f"{int(depth.wrong.sum())} stages stand out, the most {top}"
+    if depth.unjudged.any():
+        stages = as_count(int(depth.unjudged.sum()), "stage")
+        return f"{stages} not judged, since the float64 run failed; the largest error of the others is {top}"
     return f"No stage is wrong: the largest error is {top}"
 
 
@@ -204,6 +210,8 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     drift = depth.drift[~np.isnan(depth.drift)]
     if len(drift):
         words += f" Drift reaches {as_number(drift.max())}; a fault is above {report['threshold']:g} × rounding."
+    if (count := int((depth.unjudged & ~depth.broken).sum())) > 0:
+        words += f" {as_count(count, 'stage')} {'is' if count == 1 else 'are'} not judged: the float64 run failed."
     return words
 
 
