@@ -70,7 +70,7 @@ def drawings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
 def test_a_figure_is_drawn_once_for_the_files_the_page_the_card_and_the_notebook(
     model_copy: Callable[[str], Run], drawings: list[tuple[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(narrow, "_cores", lambda: 1)
+    monkeypatch.setattr(narrow, "cores", lambda: 1)
     run = model_copy(TWIN)
     report = api.verify(run)
     files = {path.stem: path.read_bytes() for path in run.figures.glob("*.png")}
@@ -100,7 +100,7 @@ def test_what_a_phone_is_shown_comes_from_another_core_and_is_the_same(
     report = api.verify(run, proof="weights", figures=False)
     pages = []
     for cores in (1, 2):
-        monkeypatch.setattr(narrow, "_cores", functools.partial(int, cores))
+        monkeypatch.setattr(narrow, "cores", functools.partial(int, cores))
         api.draw(run)
         pages.append(run.page.read_text(encoding="utf-8"))
     assert pages[0] == pages[1]
@@ -113,7 +113,7 @@ def test_what_a_phone_is_shown_comes_from_another_core_and_is_the_same(
 def test_a_process_that_draws_ends_with_who_started_it_and_may_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(narrow, "_cores", lambda: 2)
+    monkeypatch.setattr(narrow, "cores", lambda: 2)
     before = set(psutil.Process().children())
     with narrow.narrow_pictures(tmp_path) as wait:
         assert wait() == {}  # there is no report

@@ -41,6 +41,11 @@ note("ends")
 """
 
 
+@pytest.fixture(autouse=True)
+def _cores(monkeypatch):
+    monkeypatch.setenv("BLIP2NB_CORES", "2")  # so that runs are beside each other, on whatever machine
+
+
 class Probe:
     """A notebook that runs on a real kernel in about a second, and a ledger of who began and ended when."""
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blip2nb.resources import cores
+
 if TYPE_CHECKING:  # matplotlib is imported by both processes at the same time
     from blip2nb.display.page import Shown
 
@@ -27,7 +29,7 @@ def narrow_pictures(folder: Path) -> Iterator[Callable[[], dict[str, Shown]]]:
         A function that waits for the pictures and gives them by name; none of them if there is no other core, or if
         the process was ended, for lack of memory or another reason. `page.render` draws what it is not given.
     """
-    if _cores() < 2:
+    if cores() < 2:
         yield dict
         return
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -50,13 +52,6 @@ def narrow_pictures(folder: Path) -> Iterator[Callable[[], dict[str, Shown]]]:
             yield wait
         finally:
             process.kill()
-
-
-def _cores() -> int:
-    """How many this process may use: a run in a sweep has its share."""
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = os.environ.get("BLIP2NB_CORES", "")
-    return min(own, int(share)) if share.isdecimal() else own
 
 
 def main() -> None:
