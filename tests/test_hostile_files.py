@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_faults import CALLED, FORMS, ODDITIES, pth, short, text
+from pickles import CALLED, FORMS, ODDITIES, pth, short, text
 
 from blip2nb.errors import RequestError
 from blip2nb.run import kernels
