@@ -1,4 +1,7 @@
-"""Errors that are somebody's to mend: each is one sentence of what was expected, what was found, and what to do."""
+"""Errors that are somebody's to mend: each is one sentence of what was expected, what was found, and what to do.
+
+Travels to where LAVIS is: Python 3.8.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,8 @@ class OutOfMemory(Blip2nbError):
 
 
 _MEMORY = re.compile(
-    "out of memory|(cannot|can't|unable to|failed to|could not|not enough memory: you tried to) (re)?allocate"
-    "|bad_?alloc|failed to map segment|can't start new thread",
+    "(cannot|can't|unable to|failed to|could not|not enough memory: you tried to) (re)?allocate|out of memory"
+    r"|\bMemoryError\b|bad_?alloc|failed to map segment|can't start new thread",
     re.IGNORECASE,
 )
 """What libraries say when memory runs out. On the CPU torch raises a plain RuntimeError, safetensors an error of its
@@ -45,7 +48,7 @@ def memory_ran_out(error: BaseException | None) -> bool:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         lacking = isinstance(error, OSError) and error.errno == errno.ENOMEM
-        if isinstance(error, MemoryError | OutOfMemory) or lacking or _MEMORY.search(str(error)):
+        if isinstance(error, (MemoryError, OutOfMemory)) or lacking or _MEMORY.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

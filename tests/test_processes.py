@@ -10,13 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
+from conftest import Outcome
 
+from blip2nb.errors import OutOfMemory
 from blip2nb.run import kernels, sockets
 from blip2nb.run.environment import Lavis, find_lavis
 from blip2nb.sweeps import child
@@ -136,6 +138,28 @@ LavisSession(find_lavis(), open_source(variant("tiny-blip2-opt-2.7b")), "twin")
 print("ready", file=open(sys.argv[1], "w"), flush=True)
 input()
 """
+
+
+@pytest.mark.lavis
+def test_a_recording_that_runs_out_of_memory_says_so_and_is_no_wrong_request(
+    tmp_path: Path, command: Callable[..., Outcome]
+):
+    found = find_lavis()
+    assert found is not None
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nulimit -v 600000\nexec {found.python} "$@"\n')
+    python.chmod(0o755)
+    tape = tmp_path / "tape.safetensors"
+    ended = command("capture", "tiny-blip2-opt-2.7b", "--lavis-python", python, "--output", tape)
+    assert ended.status == 3
+    assert [line for line in ended.said if line.startswith("blip2nb: Memory ran out while LAVIS recorded")]
+    assert {path.name for path in tmp_path.iterdir()} == {"python"}
+
+
+def test_a_recorder_that_the_system_kills_ran_out_of_memory():
+    with pytest.raises(OutOfMemory, match="LAVIS's process was killed"):
+        kernels._refuse_without_memory("exit status -9", killed=True)
+    kernels._refuse_without_memory("KeyError: 'model'")
 
 
 @pytest.mark.lavis

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip2nb.errors import RequestError
+from blip2nb.errors import OutOfMemory, RequestError, memory_ran_out, no_memory
 from blip2nb.models import configuration, inputs, lavis
 from blip2nb.models.directory import weights_hash
 from blip2nb.models.files import Opened, open_source, which
@@ -284,9 +284,17 @@ def _run_script(where: Lavis, folder: Path, progress: Callable[[str], None]) -> 
             raise
     if process.returncode != 0:
         said = last[0] if last else f"exit status {process.returncode}"
+        _refuse_without_memory(said, killed=process.returncode == -signal.SIGKILL)
         raise RequestError(
             f"LAVIS could not record the reference: {said}. `blip2nb doctor` checks the environment at {where.python}."
         )
+
+
+def _refuse_without_memory(said: str, killed: bool = False) -> None:
+    """Raise OutOfMemory if that is what LAVIS's last words mean, or if the system killed it, as it does for that."""
+    error = RuntimeError("LAVIS's process was killed" if killed else said)
+    if killed or memory_ran_out(error):
+        raise OutOfMemory(no_memory("while LAVIS recorded the reference", error))
 
 
 def _run_notebook(output: Path, kernel: str, request: Path) -> None:
@@ -304,6 +312,7 @@ def _run_notebook(output: Path, kernel: str, request: Path) -> None:
             shutdown_kernel="immediate",  # also where it is interrupted: a kernel that computes does not answer
         )
     except PapermillExecutionError as error:
+        _refuse_without_memory(f"{error.ename}: {error.evalue}")
         raise RequestError(
             f"LAVIS could not record the reference: {error.ename}: {error.evalue}. "
             f"The notebook as far as it came is {output}."
