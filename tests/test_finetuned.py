@@ -17,8 +17,9 @@ from conftest import Outcome
 
 from blip2nb import api
 from blip2nb.models import tiny
-from blip2nb.models.files import find_files, open_source, own_files
+from blip2nb.models.files import Opened, find_files, open_source, own_files
 from blip2nb.models.fit import configured, told_by
+from blip2nb.report import Report
 from blip2nb.run import kernels
 from blip2nb.run.environment import find_lavis
 from blip2nb.runs import Run
@@ -142,25 +143,97 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name / "checkpoint_best.pth" for name in CASES}
 
 
+# Runs in LAVIS's environment: what each job says. It is recorded as `blip2nb capture` has it recorded; or LAVIS's own
+# load_checkpoint reads what was reverted, over a model of its own files, and every parameter is told by hash
+WORK = """
+import json, sys, torch, record_lavis
+from hashing import digest_as, digest
+
+for path in sys.argv[1:]:
+    job = json.load(open(path))
+    request = record_lavis.read_request(job["request"])
+    if "checkpoint" not in job:
+        record_lavis.record(request)
+        continue
+    model, _ = record_lavis.build(request)
+    found = model.load_checkpoint(job["checkpoint"])
+    stored = torch.load(job["checkpoint"], weights_only=True)["model"]
+    values = dict(model.named_parameters())
+    digests = {name: digest_as(value, digest(stored[name])) for name, value in values.items() if name in stored}
+    json.dump([list(stored), list(found.unexpected_keys), digests], open(job["found"], "w"))
+"""
+REVERTED = [(name, part) for name in ("qformer", "language_too", "coco") for part in ("trained", "all")]
+SMALLER = {"width": 24, "layers": 2, "heads": 3, "mlp": 72, "vocabulary": 640}
+
+
+@dataclasses.dataclass(frozen=True)
+class Worked:
+    """Runs with LAVIS's recording beside each, and what LAVIS found in the files that were reverted of some."""
+
+    tuned: dict[str, Run]
+    based: Run
+    smaller: dict[str, Run]
+    found: dict[tuple[str, str], list]
+
+
 @pytest.fixture(scope="session")
-def tuned(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """Each checkpoint converted, with nothing said but its path, and LAVIS's recording of it beside it."""
-    folder = tmp_path_factory.mktemp("tuned")
-    runs, requests = {}, []
-    for name, path in checkpoints.items():
-        runs[name] = api.convert(source=path, output=folder / name / "model")
-        requests.append(str(kernels.prepare(folder / name / "request", open_source(told_by(path), path), path.name)))
-    code = "import sys, record_lavis\nfor path in sys.argv[1:]: record_lavis.record(record_lavis.read_request(path))"
-    in_lavis(Path(requests[0]).parent, code, requests)
-    for name, run in runs.items():
-        (folder / name / "request" / "tape.safetensors").rename(run.tape_path)
-    return runs
+def worked(
+    checkpoints: dict[str, Path], converted: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory
+) -> Worked:
+    """Each checkpoint converted, with nothing said but its path; one over a converted base; other language models."""
+    folder = tmp_path_factory.mktemp("worked")
+    requests: dict[Path, Path] = {}  # where a recording belongs -> the request for it
+
+    def convert(where: str, opened: Opened, **how: object) -> Run:
+        run = api.convert(output=folder / where / "model", **how)
+        requests[run.tape_path] = kernels.prepare(folder / where / "request", opened, "of a test")
+        return run
+
+    tuned = {name: convert(name, open_source(told_by(one), one), source=one) for name, one in checkpoints.items()}
+    path, base = checkpoints["language_too"], converted(CASES["language_too"].model).model
+    based = convert("based", open_source(told_by(path), path, base), source=path, base=base)
+    smaller = {}
+    for name in (OPT, T5):
+        model = variant(name)
+        source = folder / f"{name} source"
+        tiny.write_twin(dataclasses.replace(model, language=dataclasses.replace(model.language, **SMALLER)), source)
+        smaller[name] = convert(name, open_source(model, source), model=name, source=source)
+
+    jobs = []
+    for number, request in enumerate(requests.values()):
+        jobs.append(folder / f"{number}.json")
+        jobs[-1].write_text(json.dumps({"request": str(request)}))
+    found = {}
+    for name, part in REVERTED:
+        place = folder / f"{name} {part}"
+        place.mkdir()
+        assert api.revert(tuned[name], place / "back.pth", part=part).no_way_back == {}
+        own = kernels.prepare(place / "request", open_source(variant(CASES[name].model)), "twin")
+        found[name, part] = place / "found.json"
+        jobs.append(place / "job.json")
+        jobs[-1].write_text(
+            json.dumps({"request": str(own), "checkpoint": str(place / "back.pth"), "found": str(found[name, part])})
+        )
+    in_lavis(next(iter(requests.values())).parent, WORK, [str(job) for job in jobs])
+    for tape, request in requests.items():
+        request.with_name("tape.safetensors").rename(tape)
+    return Worked(tuned, based, smaller, {what: json.loads(path.read_text()) for what, path in found.items()})
+
+
+def verified(run: Run, folder: Path) -> Report:
+    """Both proofs, by the recording beside the run, which stays as it is."""
+    return api.verify(run, proof="both", tape=run.tape_path, output=folder, figures=False)
+
+
+@pytest.fixture(scope="session")
+def tuned(worked: Worked) -> dict[str, Run]:
+    return worked.tuned
 
 
 @pytest.mark.lavis
 @pytest.mark.parametrize("name", CASES)
-def test_what_was_trained_in_lavis_is_the_same_model_in_transformers(tuned: dict[str, Run], name: str):
-    report = api.verify(tuned[name], proof="both", figures=False).content
+def test_what_was_trained_in_lavis_is_the_same_model_in_transformers(tuned: dict[str, Run], tmp_path: Path, name: str):
+    report = verified(tuned[name], tmp_path).content
     assert report["verdict"] == "explained", report["summary"]
     assert report["causes"] == ["post_layernorm_eps"]
     assert report["weights"]["modules_equal"] is True
@@ -174,10 +247,10 @@ def test_what_was_trained_in_lavis_is_the_same_model_in_transformers(tuned: dict
 @pytest.mark.lavis
 @pytest.mark.parametrize("name", CASES)
 def test_the_report_says_of_each_tensor_which_file_it_came_from(
-    tuned: dict[str, Run], checkpoints: dict[str, Path], name: str
+    tuned: dict[str, Run], checkpoints: dict[str, Path], tmp_path: Path, name: str
 ):
     """The trained ones from the trainer's file, the others from what it was laid over: told by their values."""
-    origins = api.verify(tuned[name], proof="weights", figures=False)["weights"]["origins"]
+    origins = api.verify(tuned[name], proof="weights", output=tmp_path, figures=False)["weights"]["origins"]
     case, trained = CASES[name], open_checkpoint(checkpoints[name])[0]
     manifest = Manifest.read(tuned[name].model)
     assert set(origins) == set(manifest.parameters)
@@ -211,15 +284,20 @@ def test_copies_the_trainer_leaves_in_its_file_are_accounted_for(tuned: dict[str
 @pytest.mark.lavis
 @pytest.mark.parametrize("name", ["qformer", "language_too"])
 def test_a_converted_directory_serves_as_the_base(
-    tuned: dict[str, Run], checkpoints, converted, tmp_path: Path, name: str
+    worked: Worked, tuned: dict[str, Run], checkpoints, converted, tmp_path: Path, name: str
 ):
-    """Vision tower, language model and Q-Former from transformers' files: the same bits, and LAVIS agrees."""
+    """Vision tower, language model and Q-Former from transformers' files: the same bits, and LAVIS agrees. One of the
+    two has no recording yet, so that LAVIS is started for it."""
     base = converted(CASES[name].model).model
-    run = api.convert(source=checkpoints[name], base=base, output=tmp_path / "model")
+    run = (
+        worked.based
+        if name == "language_too"
+        else api.convert(source=checkpoints[name], base=base, output=tmp_path / "mine" / "model")
+    )
     one, other = (Manifest.read(each.model) for each in (run, tuned[name]))
     assert one.written == other.written
     assert one.weights_hash == other.weights_hash
-    report = api.verify(run, proof="both", figures=False)
+    report = verified(run, tmp_path / "proof") if run is worked.based else api.verify(run, proof="both", figures=False)
     assert report.verdict == "explained", report["summary"]
     assert report["versions"]["reference"]["salesforce-lavis"] == "1.0.2"
     assert Tape(run.tape_path).metadata["captions"] == Tape(tuned[name].tape_path).metadata["captions"]
@@ -230,13 +308,10 @@ def test_a_converted_directory_serves_as_the_base(
 
 @pytest.mark.lavis
 @pytest.mark.parametrize("name", [OPT, T5])
-def test_another_language_model_is_carried_through(name: str, tmp_path: Path):
-    model = variant(name)
-    smaller = dataclasses.replace(model.language, width=24, layers=2, heads=3, mlp=72, vocabulary=640)
-    tiny.write_twin(dataclasses.replace(model, language=smaller), tmp_path / "source")
-    run = api.convert(name, tmp_path / "source", tmp_path / "model")
-    assert Manifest.read(run.model).model_variant.language == smaller
-    report = api.verify(run, proof="both", figures=False)
+def test_another_language_model_is_carried_through(worked: Worked, tmp_path: Path, name: str):
+    run = worked.smaller[name]
+    assert Manifest.read(run.model).model_variant.language == dataclasses.replace(variant(name).language, **SMALLER)
+    report = verified(run, tmp_path)
     assert report.verdict == "explained", report["summary"]
     assert sum("language" in stage["name"] and ".block." in stage["name"] for stage in report["stages"]) == (
         2 if name == OPT else 4
@@ -246,45 +321,12 @@ def test_another_language_model_is_carried_through(name: str, tmp_path: Path):
 # -- the way back
 
 
-# Runs in LAVIS's environment: its own load_checkpoint, over a model of its own files; then every parameter by hash
-LOAD = """
-import json, sys, torch, record_lavis
-from hashing import digest_as, digest
-
-for path in sys.argv[1:]:
-    job = json.load(open(path))
-    model, _ = record_lavis.build(record_lavis.read_request(job["request"]))
-    found = model.load_checkpoint(job["checkpoint"])
-    stored = torch.load(job["checkpoint"], weights_only=True)["model"]
-    values = dict(model.named_parameters())
-    digests = {name: digest_as(value, digest(stored[name])) for name, value in values.items() if name in stored}
-    print(json.dumps([list(stored), list(found.unexpected_keys), digests]))
-"""
-REVERTED = [(name, part) for name in ("qformer", "language_too", "coco") for part in ("trained", "all")]
-
-
-@pytest.fixture(scope="session")
-def reverted(tuned: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list]:
-    """A conversion and the part of it that was reverted -> what LAVIS found in the file."""
-    jobs = []
-    for name, part in REVERTED:
-        folder = tmp_path_factory.mktemp(f"{name}-{part}")
-        assert api.revert(tuned[name], folder / "back.pth", part=part).no_way_back == {}
-        request = kernels.prepare(folder / "request", open_source(variant(CASES[name].model)), "twin")
-        jobs.append(folder / "request" / "job.json")
-        jobs[-1].write_text(json.dumps({"request": str(request), "checkpoint": str(folder / "back.pth")}))
-    said = in_lavis(jobs[0].parent, LOAD, [str(job) for job in jobs]).splitlines()
-    return dict(zip(REVERTED, map(json.loads, said[-len(jobs) :]), strict=True))
-
-
 @pytest.mark.lavis
 @pytest.mark.parametrize(("name", "part"), REVERTED)
-def test_lavis_loads_what_was_reverted_and_has_the_weights_that_went_in(
-    tuned: dict[str, Run], reverted: dict[tuple[str, str], list], name: str, part: str
-):
-    run = tuned[name]
+def test_lavis_loads_what_was_reverted_and_has_the_weights_that_went_in(worked: Worked, name: str, part: str):
+    run = worked.tuned[name]
     manifest = Manifest.read(run.model)
-    held, unexpected, digests = reverted[name, part]
+    held, unexpected, digests = worked.found[name, part]
     assert unexpected == []
     expected = (
         set(manifest.parameters)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,9 @@ EPS = "vision.post_layernorm"
 
 
 @pytest.fixture(scope="module")
-def proven(converted) -> Run:
-    run = converted("tiny-blip2-opt-2.7b")
+def proven(converted, tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("proven")
+    run = Run(folder, Path(shutil.copytree(converted("tiny-blip2-opt-2.7b").model, folder / "model")))
     blip2nb.verify(run, lavis_python="none", figures=False)
     yield run
     run.release()
