@@ -7,6 +7,7 @@ import functools
 import re
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,6 +122,15 @@ def converted(tmp_path_factory: pytest.TempPathFactory, _cache: None) -> Callabl
     """The run of a twin, converted once. Not to be changed: see `model_copy`."""
     folder = tmp_path_factory.mktemp("converted")
     return functools.cache(lambda name: api.convert(name, output=folder / name / "model"))
+
+
+@pytest.fixture(scope="session")
+def warm_kernels(_cache: None) -> Iterator[str]:
+    """What JUPYTER_PATH should be for notebooks whose kernels need not import PyTorch and transformers first."""
+    from warm_kernels import serving
+
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as path:  # a socket's path is a short one
+        yield path
 
 
 @pytest.fixture
