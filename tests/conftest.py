@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from blip2nb import api, cli
 from blip2nb.models.files import own_files
+from blip2nb.run.environment import find_lavis
 from blip2nb.runs import Run
 from blip2nb.variants import variant
 
@@ -127,10 +128,29 @@ def converted(tmp_path_factory: pytest.TempPathFactory, _cache: None) -> Callabl
 @pytest.fixture(scope="session")
 def warm_kernels(_cache: None) -> Iterator[str]:
     """What JUPYTER_PATH should be for notebooks whose kernels need not import PyTorch and transformers first."""
-    from warm_kernels import serving
+    import warm
 
-    with tempfile.TemporaryDirectory() as folder, serving(Path(folder)) as path:  # a socket's path is a short one
-        yield path
+    with tempfile.TemporaryDirectory() as folder, warm.python(sys.executable, warm.KERNELS, Path(folder)) as command:
+        yield str(warm.kernels(command))
+
+
+@pytest.fixture(scope="session")
+def warm_lavis(_cache: None) -> Iterator[str]:
+    """A Python that stands for that of LAVIS's environment, and need not import LAVIS first."""
+    import warm
+
+    found = find_lavis()
+    assert found is not None, "run `make lavis` first: these tests need LAVIS itself"
+    with tempfile.TemporaryDirectory() as folder, warm.python(found.python, warm.LAVIS, Path(folder)) as command:
+        yield str(command)
+
+
+@pytest.fixture(scope="module")
+def lavis_begins_warm(warm_lavis: str) -> Iterator[None]:
+    """For a module that starts LAVIS often."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLIP2NB_LAVIS_PYTHON", warm_lavis)
+        yield
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ def test_and_a_wrong_one_does(converted: Callable[[str], Run]) -> None:
 
 
 @pytest.mark.lavis
-def test_other_weights_and_inputs_raise_none_with_lavis_live(tmp_path: Path) -> None:
+def test_other_weights_and_inputs_raise_none_with_lavis_live(tmp_path: Path, lavis_begins_warm: None) -> None:
     from benchmarks.alarm_rates import alarms, judged, page
     from benchmarks.false_alarms import BLOCK_INPUTS, BlockJob, TwinJob, lavis_side, shape
 

@@ -127,8 +127,8 @@ def lavis_config(case: Case) -> dict[str, object]:
     }
 
 
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def checkpoints(lavis_begins_warm: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint_best.pth of each case."""
     folder = tmp_path_factory.mktemp("trained")
     jobs = []
@@ -176,7 +176,7 @@ class Worked:
     found: dict[tuple[str, str], list]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def worked(
     checkpoints: dict[str, Path], converted: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory
 ) -> Worked:
@@ -225,7 +225,7 @@ def verified(run: Run, folder: Path) -> Report:
     return api.verify(run, proof="both", tape=run.tape_path, output=folder, figures=False)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tuned(worked: Worked) -> dict[str, Run]:
     return worked.tuned
 

@@ -264,7 +264,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, folder, converted):
+def run(tmp_path_factory, folder, converted, lavis_begins_warm):
     """A run of OPT's twin, verified on an image of every kind: LAVIS records them."""
     made = tmp_path_factory.mktemp("run")
     shutil.copytree(converted(OPT).model, made / "model")
@@ -279,7 +279,7 @@ def of_opt(run):
 
 
 @pytest.fixture(scope="module")
-def of_t5(tmp_path_factory, folder):
+def of_t5(tmp_path_factory, folder, lavis_begins_warm):
     """LAVIS's recording of two images with two texts each."""
     path = tmp_path_factory.mktemp("t5") / "tape.safetensors"
     return api.capture(T5, images=two_of(folder), texts=TEXTS, output=path)

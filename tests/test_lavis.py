@@ -23,8 +23,8 @@ from blip2nb.variants import TWINS, variant
 pytestmark = pytest.mark.lavis
 
 
-@pytest.fixture(scope="session")
-def lavis():
+@pytest.fixture(scope="module")
+def lavis(lavis_begins_warm):
     found = find_lavis()
     assert found is not None, "run `make lavis` first: these tests need LAVIS itself"
     return found
@@ -51,7 +51,7 @@ for path in sys.argv[1:]:
 """
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def live_tapes(tmp_path_factory, lavis):
     """One recording per twin, made now. LAVIS takes most of the time to import, so it does all of them in one go."""
     folder = tmp_path_factory.mktemp("live")

@@ -18,6 +18,7 @@ from blip2nb.errors import RequestError
 from blip2nb.runs import Run
 
 EPS = "vision.post_layernorm"
+pytestmark = pytest.mark.usefixtures("lavis_begins_warm")
 
 
 @pytest.fixture(scope="module")
