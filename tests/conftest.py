@@ -134,6 +134,14 @@ def warm_kernels(_cache: None) -> Iterator[str]:
         yield str(warm.kernels(command))
 
 
+@pytest.fixture(scope="module")
+def kernels_begin_warm(warm_kernels: str) -> Iterator[None]:
+    """For a module that starts kernels often."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", warm_kernels)
+        yield
+
+
 @pytest.fixture(scope="session")
 def warm_lavis(_cache: None) -> Iterator[str]:
     """A Python that stands for that of LAVIS's environment, and need not import LAVIS first."""

@@ -495,7 +495,7 @@ def test_verify_can_discard_the_model(command: Command, model_copy: Callable[[st
     assert {path.name for path in run.folder.iterdir()} == {"report.json", "arrays.safetensors"}
 
 
-def test_the_notebook_keeps_the_report_alone_and_the_model_can_be_made_again(tmp_path: Path):
+def test_the_notebook_keeps_the_report_alone_and_the_model_can_be_made_again(tmp_path: Path, kernels_begin_warm: None):
     papermill = Path(sys.executable).parent / "papermill"
     command = [papermill, "convert.ipynb", tmp_path / "out.ipynb", "-p", "output_dir", tmp_path]
     done = subprocess.run(
@@ -546,7 +546,7 @@ class Kernel:
 
 
 @pytest.fixture
-def kernel() -> Iterator[Kernel]:
+def kernel(kernels_begin_warm: None) -> Iterator[Kernel]:
     running = Kernel()
     yield running
     running.close()

@@ -28,6 +28,8 @@ import blip2nb
 from blip2nb.models.files import own_files
 from blip2nb.variants import variant
 
+pytestmark = pytest.mark.usefixtures("kernels_begin_warm")
+
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
@@ -36,11 +38,10 @@ def outputs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", OWN_KERNEL, ids=lambda path: path.stem)
-def test_a_notebook_runs_headless_from_the_root(path, outputs, warm_kernels, tmp_path):
+def test_a_notebook_runs_headless_from_the_root(path, outputs, tmp_path):
     given = ["-p", "model_name", OPT] if "model_name" in parameters(path) else []
     given += ["-p", "output_dir", outputs]
-    environment = {**ONE_THREAD, "JUPYTER_PATH": warm_kernels}
-    done = papermill(path.relative_to(ROOT), tmp_path / "out.ipynb", *given, cwd=ROOT, environment=environment)
+    done = papermill(path.relative_to(ROOT), tmp_path / "out.ipynb", *given, cwd=ROOT, environment=ONE_THREAD)
     assert done.returncode == 0, done.stderr[-1500:]
     check_executed(path, nbformat.read(tmp_path / "out.ipynb", 4))
     check_converted(path, outputs, OPT)

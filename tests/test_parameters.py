@@ -174,7 +174,9 @@ def test_it_holds_in_laviss_environment(tmp_path: Path):
     assert done.stdout.strip().splitlines()[-1] == "['2024', '', 'cpu']"
 
 
-def test_overwrite_false_overwrites_nothing(source_copy: Callable[[str], Path], converted, tmp_path: Path):
+def test_overwrite_false_overwrites_nothing(
+    source_copy: Callable[[str], Path], kernels_begin_warm: None, tmp_path: Path
+):
     """Another source's finished run stays as it is, byte for byte."""
     folder = source_copy(OPT)
     edit_weights(next(folder.glob("blip2_*.pth")), lambda tensors: tensors["query_tokens"].add_(0.5))

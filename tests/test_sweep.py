@@ -195,7 +195,7 @@ REAL = ("right", {"label": "wrong", "broken": True}, {"label": "half", "proof": 
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory):
+def verdicts(tmp_path_factory, kernels_begin_warm):
     """A sweep of real conversions, one of them wrong, in a folder where one was converted by hand before."""
     folder = tmp_path_factory.mktemp("verdicts") / "für's Ganze"
     folder.mkdir()

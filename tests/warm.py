@@ -111,8 +111,9 @@ def _run(arguments: list[str]) -> None:
 
 
 def _end_with(asking: socket.socket) -> None:
+    """Ctrl-C there is Ctrl-C here, and the end there the end here."""
     while asking.recv(1):
-        pass
+        os.kill(os.getpid(), signal.SIGINT)
     os._exit(1)
 
 
@@ -121,6 +122,7 @@ def _ask(address: str, arguments: list[str]) -> int:
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
         socket.send_fds(server, [json.dumps(request).encode()], [0, 1, 2])
+        signal.signal(signal.SIGINT, lambda number, frame: server.send(b"i"))
         return (server.recv(1) or b"\xff")[0]  # when it has ended; of one that was killed nothing comes
 
 
