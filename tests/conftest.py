@@ -114,7 +114,8 @@ def flip(path: Path, at: int, bit: int = 0) -> None:
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BLIP2NB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("BLIP2NB_CORES", "1")  # two tests run at a time: each keeps to its own
+        patch.setenv("BLIP2NB_CORES", "1")  # two tests run at a time: each keeps to its own,
+        patch.setenv("OMP_NUM_THREADS", "1")  # and so does what it starts
         yield
 
 

@@ -1,7 +1,6 @@
 """The notebooks, and what is looked for in each that was executed."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,14 +20,12 @@ PICTURES = {"convert": 9, "05_activations": 7, "01_what_is_in_a_checkpoint": 0}
 CONVERT_NOTHING = ("10_your_own_port", "sweep")  # or keep no model of it
 STEPS = [path for path in NOTEBOOKS if path.stem not in ("convert", "lavis")]
 PAPERMILL = [str(Path(sys.executable).parent / "papermill")]
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "BLIP2NB_CORES": "1"}  # two run at a time
 
 
-def papermill(*arguments, cwd, environment=None):
+def papermill(*arguments, cwd):
     return subprocess.run(
         [*PAPERMILL, *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, **(environment or {})},
         capture_output=True,
         text=True,
         check=False,

@@ -5,7 +5,6 @@ from nbclient import NotebookClient
 from notebook_runs import (
     CONVERT_NOTHING,
     NEAR,
-    ONE_THREAD,
     OWN_KERNEL,
     T5,
     check_converted,
@@ -23,11 +22,9 @@ def outputs(tmp_path_factory):
 
 @pytest.mark.parametrize("path", OWN_KERNEL, ids=lambda path: path.stem)
 def test_run_all_works_from_notebooks_and_again_in_the_same_kernel_converts_nothing_twice(
-    path, outputs, kernels_begin_warm, monkeypatch
+    path, outputs, kernels_begin_warm
 ):
     given = {"model_name": T5} if "model_name" in parameters(path) else {}
-    for name, value in ONE_THREAD.items():
-        monkeypatch.setenv(name, value)
     notebook = injected(path, **given, output_dir=str(outputs))
     client = NotebookClient(notebook, resources={"metadata": {"path": str(NEAR)}}, timeout=None)
     with client.setup_kernel():

@@ -12,7 +12,6 @@ import pytest
 import torch
 from notebook_runs import (
     NEAR,
-    ONE_THREAD,
     OPT,
     OWN_KERNEL,
     ROOT,
@@ -41,7 +40,7 @@ def outputs(tmp_path_factory):
 def test_a_notebook_runs_headless_from_the_root(path, outputs, tmp_path):
     given = ["-p", "model_name", OPT] if "model_name" in parameters(path) else []
     given += ["-p", "output_dir", outputs]
-    done = papermill(path.relative_to(ROOT), tmp_path / "out.ipynb", *given, cwd=ROOT, environment=ONE_THREAD)
+    done = papermill(path.relative_to(ROOT), tmp_path / "out.ipynb", *given, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-1500:]
     check_executed(path, nbformat.read(tmp_path / "out.ipynb", 4))
     check_converted(path, outputs, OPT)
