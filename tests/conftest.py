@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import re
 import shutil
 import sys
@@ -128,37 +129,39 @@ def converted(tmp_path_factory: pytest.TempPathFactory, _cache: None) -> Callabl
 
 @pytest.fixture(scope="session")
 def warm_kernels(_cache: None) -> Iterator[str]:
-    """What JUPYTER_PATH should be for notebooks whose kernels need not import PyTorch and transformers first."""
+    """What has to be in JUPYTER_PATH for kernels that need not import PyTorch and transformers first."""
     import warm
 
     with tempfile.TemporaryDirectory() as folder, warm.python(sys.executable, warm.KERNELS, Path(folder)) as command:
-        yield str(warm.kernels(command))
-
-
-@pytest.fixture(scope="module")
-def kernels_begin_warm(warm_kernels: str) -> Iterator[None]:
-    """For a module that starts kernels often."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JUPYTER_PATH", warm_kernels)
-        yield
+        yield str(warm.kernel(command, "python3"))
 
 
 @pytest.fixture(scope="session")
-def warm_lavis(_cache: None) -> Iterator[str]:
-    """A Python that stands for that of LAVIS's environment, and need not import LAVIS first."""
+def warm_lavis(_cache: None) -> Iterator[Path]:
+    """A Python that stands for that of LAVIS's environment, also as a kernel, and need not import LAVIS first."""
     import warm
 
     found = find_lavis()
     assert found is not None, "run `make lavis` first: these tests need LAVIS itself"
     with tempfile.TemporaryDirectory() as folder, warm.python(found.python, warm.LAVIS, Path(folder)) as command:
-        yield str(command)
+        warm.kernel(command, "lavis")
+        yield command
 
 
 @pytest.fixture(scope="module")
-def lavis_begins_warm(warm_lavis: str) -> Iterator[None]:
-    """For a module that starts LAVIS often."""
+def kernels_begin_warm(request: pytest.FixtureRequest, warm_kernels: str) -> Iterator[None]:
+    """For a module that starts kernels often."""
+    own = [str(request.getfixturevalue("warm_lavis").parent)] if find_lavis() is not None else []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BLIP2NB_LAVIS_PYTHON", warm_lavis)
+        patch.setenv("JUPYTER_PATH", os.pathsep.join([warm_kernels, *own]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def lavis_begins_warm(warm_lavis: Path) -> Iterator[None]:
+    """For a module that starts LAVIS often, and not as a kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLIP2NB_LAVIS_PYTHON", str(warm_lavis))
         yield
 
 

@@ -39,12 +39,12 @@ def python(executable: str | Path, modules: str, folder: Path) -> Iterator[Path]
             server.kill()
 
 
-def kernels(command: Path) -> Path:
-    """What JUPYTER_PATH should be, so that notebooks begin on such a Python."""
-    specification = command.parent / "kernels" / "python3" / "kernel.json"
+def kernel(command: Path, name: str) -> Path:
+    """Make it a kernel, and give what has to be in JUPYTER_PATH."""
+    specification = command.parent / "kernels" / name / "kernel.json"
     specification.parent.mkdir(parents=True)
     start = [str(command), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    specification.write_text(json.dumps({"argv": start, "display_name": "Python 3", "language": "python"}))
+    specification.write_text(json.dumps({"argv": start, "display_name": name, "language": "python"}))
     return command.parent
 
 
@@ -77,7 +77,6 @@ def _become(asking: socket.socket) -> None:
         os.close(stream)
     os.environ.clear()
     os.environ.update(request["environment"])
-    os.environ.pop("JPY_PARENT_PID", None)  # a kernel has another parent; it ends with whoever asked for it instead
     os.chdir(request["folder"])
     threading.Thread(target=_end_with, args=(asking,), daemon=True).start()
     status = 0
@@ -102,6 +101,8 @@ def _run(arguments: list[str]) -> None:
     kind, *rest = arguments
     sys.path[0] = "" if kind in ("-m", "-c") else os.path.dirname(os.path.abspath(kind))
     sys.argv = arguments if kind not in ("-m", "-c") else [kind, *rest[1:]]
+    if rest[:1] == ["ipykernel_launcher"]:  # which read who its parent is when it was imported
+        sys.argv.append(f"--IPKernelApp.parent_handle={os.getppid()}")
     if kind == "-m":
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     elif kind == "-c":
