@@ -36,7 +36,7 @@ def entry(name: str, result: str = "match", case: str = "pass") -> dict[str, Any
         "threshold": report["threshold"] if report else None, "stages": overview._stages(report) if report else None,
         "proofs": {proof: {"state": "passed" if words == "equal" else state, "words": words}
                    for proof, words in zip(overview.PROOFS, WORDS[state], strict=True)},
-        "versions": {},
+        "versions": {}, "missing": [],
     }  # fmt: skip
 
 

@@ -44,7 +44,8 @@ def kernel(command: Path, name: str) -> Path:
     specification = command.parent / "kernels" / name / "kernel.json"
     specification.parent.mkdir(parents=True)
     start = [str(command), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    specification.write_text(json.dumps({"argv": start, "display_name": name, "language": "python"}))
+    shown = "Python 3 (ipykernel)" if name == "python3" else name
+    specification.write_text(json.dumps({"argv": start, "display_name": shown, "language": "python"}))
     return command.parent
 
 
