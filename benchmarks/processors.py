@@ -99,7 +99,7 @@ def main() -> int:
     parser.add_argument("--cell", type=Path, help=argparse.SUPPRESS)  # what a cell's process is asked
     options = parser.parse_args()
     if options.cell:
-        print(json.dumps(dataclasses.asdict(measured(json.loads(options.cell.read_text())))))
+        print(json.dumps(dataclasses.asdict(measured(json.loads(options.cell.read_text(encoding="utf-8"))))))
         return 0
     with tempfile.TemporaryDirectory() as scratch:
         cells = list(_cells(options, Path(scratch)))
@@ -143,7 +143,7 @@ def _cells(options: argparse.Namespace, scratch: Path) -> Iterator[Cell]:
 
 def _ask(scratch: Path, **what: Any) -> Path:
     path = scratch / "asked.json"
-    path.write_text(json.dumps({"scratch": str(scratch), **what}))
+    path.write_text(json.dumps({"scratch": str(scratch), **what}), encoding="utf-8")
     return path
 
 

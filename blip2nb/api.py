@@ -416,7 +416,7 @@ def _forget_another_models(run: Run) -> None:
 
     path = run.folder / "report.json"
     try:
-        content = content_of(path.read_text(), str(path)) if path.is_file() else {}
+        content = content_of(path.read_text(encoding="utf-8"), str(path)) if path.is_file() else {}
         kept = content["provenance"]["state"] == state(run.model)
     except (RequestError, ValueError, KeyError):
         kept = False

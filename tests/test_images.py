@@ -165,7 +165,10 @@ def test_what_pil_holds_for_a_bomb_is_skipped(tmp_path, monkeypatch):
         (["--texts", "{tmp}/dot.png"], "is not a text file in UTF-8."),
         (["--text", "a", "--proof", "weights"], "and proof weights runs neither: leave out one of them."),
         (["--text", "a", "--lavis-python", "none"], "needs an environment with LAVIS"),
-        (["--text", "a", "--tape", "{tape}"], "was recorded on other images or texts. Leave --images and --text out"),
+        (
+            ["--text", "a", "--tape", "{tape}"],
+            "was recorded on other images or texts. Leave out images and texts, or the tape",
+        ),
     ],
 )
 def test_what_cannot_be_shown_is_said_in_one_sentence(given, said, tmp_path, command, converted):

@@ -115,8 +115,8 @@ def wrong_base(variant: Variant, checkpoint: Path, config: Mapping[str, Any], he
     words = trained_on.wrong_base(variant, config, held)
     return words and (
         f"{checkpoint} was trained with {words}, so what it was trained on may not be the released files of "
-        f"{variant.name}. Pass what it was trained on with --base: a folder in the released layout, or a converted "
-        "directory."
+        f"{variant.name}. Pass what it was trained on as base (--base on the command line): a folder in the released "
+        "layout, or a converted directory."
     )
 
 
@@ -150,7 +150,7 @@ def _check_whole(variant: Variant, checkpoint: Path) -> None:
     if lacking:
         raise RequestError(
             f"{checkpoint} lacks {lacking[0]} and {len(lacking) - 1} more tensors of the released fine-tuned file that "
-            "it was trained on, which its folder cannot hold as well. Pass the checkpoint itself with --source."
+            "it was trained on, which its folder cannot hold as well. Pass the checkpoint itself as source."
         )
 
 
