@@ -195,7 +195,7 @@ REAL = ("right", {"label": "wrong", "broken": True}, {"label": "half", "proof": 
 
 
 @pytest.fixture(scope="module")
-def verdicts(tmp_path_factory, kernels_begin_warm):
+def verdicts(tmp_path_factory, warm_kernels):
     """A sweep of real conversions, one of them wrong, in a folder where one was converted by hand before."""
     folder = tmp_path_factory.mktemp("verdicts") / "für's Ganze"
     folder.mkdir()
@@ -206,7 +206,9 @@ def verdicts(tmp_path_factory, kernels_begin_warm):
     nbformat.write(notebook, probe.path)
     run = blip2nb.convert("tiny-blip2-opt-2.7b", output_dir=probe.output, run_name="right")
     written = (run.model / "model.safetensors").stat()
-    return probe, written, sweep(probe, *REAL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JUPYTER_PATH", warm_kernels)
+        return probe, written, sweep(probe, *REAL)
 
 
 def test_a_model_that_diverges_is_a_finding_and_not_a_failure(verdicts):
