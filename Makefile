@@ -40,7 +40,7 @@ newest:  ## the newest releases of all dependencies, in an environment that is m
 	.newest/bin/python -m pip freeze --exclude-editable
 	.newest/bin/python -m pytest tests/test_convert.py tests/test_hygiene.py -k "not book"
 	for twin in tiny-blip2-opt-2.7b tiny-blip2-flan-t5-xl; do \
-		.newest/bin/papermill notebooks/convert.ipynb .newest/$$twin.ipynb -p model_name $$twin \
+		.newest/bin/python -m blip2nb.run.papermill notebooks/convert.ipynb .newest/$$twin.ipynb -p model_name $$twin \
 			-p output_dir $(CURDIR)/.newest/outputs --log-level WARNING || exit 1; done
 	rm -rf .newest
 

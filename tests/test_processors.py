@@ -252,7 +252,7 @@ def test_two_captions_may_be_a_tie_also_where_the_models_agree_bit_for_bit() -> 
     assert Measured.of(found, logits).error == pytest.approx(FEW * logits.abs().max().item())
     assert Measured.of(found, logits + 1e-3).error == pytest.approx(1e-3, rel=1e-2)
     one = np.zeros(5, np.float32)
-    assert Measured((), ("logits",), {"max_abs": 1.0}, one, one, one).error is None
+    assert Measured((), ("logits",), (), {"max_abs": 1.0}, one, one, one).error is None
 
 
 # -- another processor

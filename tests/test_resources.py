@@ -18,6 +18,11 @@ from blip2nb.weights.threads import at_once
 V1 = "3:cpuset:/box\n2:cpu,cpuacct:/box/inner\n4:memory:/box/inner\n1:name=systemd:/box\n0::/unified\n"
 
 
+@pytest.fixture(autouse=True)
+def _no_share(monkeypatch):
+    monkeypatch.delenv(resources.CORES, raising=False)
+
+
 def tree(root, files):
     """Files as the kernel shows them, under a folder that stands for /."""
     for name, text in files.items():

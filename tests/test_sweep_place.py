@@ -7,7 +7,7 @@ import nbformat
 import papermill
 import pytest
 
-from blip2nb.report import Report
+from blip2nb.report import FORMAT, Report
 from blip2nb.run.reference import completion
 from blip2nb.runs import Run
 from blip2nb.sweeps.place import HIDDEN, place, relocate
@@ -30,7 +30,13 @@ def test_a_run_is_moved_with_all_that_it_says_of_its_place(tmp_path, converted, 
     workshop = place(home).begin("a run", "0" * 64)
     made, moved = run_in(workshop), run_in(home)
     manifest = Manifest.read(converted("tiny-blip2-opt-2.7b").model)
-    report = {"model_name": "", "summary": "", "verdict": "", "complete_with": completion(made, manifest, "")}
+    report = {
+        "format": FORMAT,
+        "model_name": "",
+        "summary": "",
+        "verdict": "",
+        "complete_with": completion(made, manifest, ""),
+    }
     Report(report).save(made.folder)
     cell = nbformat.v4.new_code_cell("output_dir = ''", metadata={"tags": ["parameters"]})
     notebook = nbformat.v4.new_notebook(cells=[cell])

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from blip2nb.errors import RequestError
-from blip2nb.report import Report
+from blip2nb.report import FORMAT, Report
 from blip2nb.runs import Run
 from blip2nb.sweeps.leftovers import note_processes
 from blip2nb.whole import write_whole
@@ -34,7 +34,7 @@ def killed_before_step(number, job):
 
 
 def report(number):
-    return Report({"verdict": "match", "number": number}, {"number": np.full(3, number)})
+    return Report({"format": FORMAT, "verdict": "match", "number": number}, {"number": np.full(3, number)})
 
 
 def test_a_report_that_was_cut_off_is_never_beside_the_arrays_of_another(tmp_path):
