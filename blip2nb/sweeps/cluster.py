@@ -29,6 +29,8 @@ from blip2nb.sweeps.worker import Task
 TOPIC = "blip2nb-sweep"
 MEMORY = "MEMORY"
 _UNKNOWN = 1 << 60  # beyond any model's need
+_LOOK = 2.0  # seconds between two looks at a local cluster's worker,
+_MISSING = 6  # and so many without one: a nanny takes one or two to begin another
 _SHARE = 0.9  # of a machine's memory; the rest is for the system, and for what holds the cluster together
 
 
@@ -52,8 +54,32 @@ def local(slots: int) -> Iterator[distributed.Client]:
             silence_logs=logging.CRITICAL,
         ) as cluster,
         distributed.Client(cluster) as client,
+        _replaced(cluster, client),
     ):
         yield client
+
+
+@contextlib.contextmanager
+def _replaced(cluster: distributed.LocalCluster, client: distributed.Client) -> Iterator[None]:
+    """Begin the worker again where Dask does not: its nanny lets one be that ends while it is starting."""
+
+    def watch() -> None:
+        missing = 0
+        while not ended.wait(_LOOK):
+            missing = 0 if _workers(client) else missing + 1
+            if missing == _MISSING:
+                cluster.scale(0)
+                cluster.scale(1)
+                missing = 0
+
+    ended = threading.Event()
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watching.join()
 
 
 @contextlib.contextmanager
