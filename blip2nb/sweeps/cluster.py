@@ -176,7 +176,8 @@ def run(
             had been given, begun or not, and gives one up after four; it is then made once more, beside no other.
     """
     client.subscribe_topic(TOPIC, lambda event: say(event[1]))
-    waiting, futures, begun_alone = collections.deque(tasks), {}, set()
+    waiting, suspects = collections.deque(tasks), collections.deque[Task]()
+    futures, begun_alone = {}, set()
     running = distributed.as_completed()
     whole = largest(client)  # now: when it is needed, the worker may be gone and its successor not there yet
 
@@ -196,6 +197,10 @@ def run(
         running.add(future)
 
     def fill() -> None:
+        if suspects:
+            if not futures:
+                begin(suspects.popleft(), alone=True)
+            return
         while waiting and len(futures) < window:
             begin(waiting.popleft())
 
@@ -209,7 +214,7 @@ def run(
                 and whole < _UNKNOWN
             ):
                 begun_alone.add(task.name)  # was it this one, or one beside it, that cost so many workers?
-                begin(task, alone=True)
+                suspects.append(task)  # one after the other: a lost worker counts against all that it was given
             else:
                 yield _outcome(future, task)
                 future.release()
