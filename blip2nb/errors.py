@@ -35,7 +35,7 @@ class OutOfMemory(Blip2nbError):
 
 _MEMORY = re.compile(
     "(cannot|can't|unable to|failed to|could not|not enough memory: you tried to) (re)?allocate|out of memory"
-    r"|\bMemoryError\b|bad_?alloc|failed to map segment|can't start new thread",
+    r"|\bMemoryError\b|bad_?alloc|allocation error|failed to map segment|can't start new thread",
     re.IGNORECASE,
 )
 """What libraries say when memory runs out. On the CPU torch raises a plain RuntimeError, safetensors an error of its

@@ -67,9 +67,7 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(
-    chromium: Any, broken: Run, kernels_begin_warm: None, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Lab]:
+def lab(chromium: Any, broken: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """What `make lab` starts, in a checkout with copies of the notebooks, and with Jupyter's own settings elsewhere."""
     folder, own = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("jupyter")
     (folder / "notebooks").mkdir()

@@ -76,10 +76,11 @@ def started(code: str, *given: object, **variables: str) -> Iterator[subprocess.
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
 def test_a_recorder_ends_with_an_error_from_whoever_listens_to_it(endless: Path, error: type[BaseException]):
     seen: list[psutil.Process] = []
+    before = set(psutil.Process().children())  # what other tests have started
 
     def listen(sentence: str) -> None:
         assert sentence == "request.json"
-        seen.extend(psutil.Process().children())
+        seen.extend(set(psutil.Process().children()) - before)
         raise error
 
     with pytest.raises(error):
