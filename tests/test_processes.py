@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -173,7 +174,8 @@ def test_a_live_lavis_ends_with_its_caller_and_listens_at_no_port(tmp_path: Path
         while not (tmp_path / "ready").exists() and time.monotonic() < end and caller.poll() is None:
             time.sleep(0.05)
         assert (tmp_path / "ready").exists()
-        assert not [one for process in processes for one in process.net_connections("inet")]
+        named = [json.loads(path.read_text(encoding="utf-8")) for path in temporary.rglob("kernel.json")]
+        assert [one["transport"] for one in named if "transport" in one] == ["ipc"]
         caller.kill()
         assert gone(processes)
     shutil.rmtree(temporary)
