@@ -164,12 +164,16 @@ def test_nothing_of_a_killed_run_goes_on_writing(tmp_path: Path, forks: Forks):
     output = tmp_path / "output"
     request = ("convert", OPT, "--output", output / "model")
     begun = subprocess.Popen([sys.executable, "-m", "blip2nb.cli", *map(str, request)], stderr=subprocess.DEVNULL)
+    others: list[psutil.Process] = []
+    while not others and begun.poll() is None:
+        children = psutil.Process(begun.pid).children()
+        others = [child for child in children if child.cmdline()[-1:] == ["blip2nb.models.configuration"]]
+    for other in others:
+        other.suspend()  # so that it is still there when the next run ends; without it, this one cannot
     while not noted(output) and begun.poll() is None:
         time.sleep(0.001)
-    others = psutil.Process(begun.pid).children()
     assert others
-    for other in others:
-        other.suspend()  # so that it is still there when the next run ends
+    assert begun.poll() is None
     begun.kill()
     begun.wait()
     assert forks.run(*request, "--dtype", "bfloat16").status == 0
