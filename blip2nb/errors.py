@@ -42,8 +42,20 @@ _MEMORY = re.compile(
 own, the dynamic linker an ImportError; a thread that has no room for its stack is not started."""
 
 
+_LITTLE = 2**26
+"""Bytes that any machine can give on which this kit works; a system that refuses them is at its limit."""
+
+
 def memory_ran_out(error: BaseException | None) -> bool:
-    """Check whether memory ran out, by an error or by one that it was raised from or while handling."""
+    """Check whether memory ran out: by an error, by one that it was raised from or while handling, or by asking for a
+    little memory, since native code, Python's own too, may raise whatever when it gets none (a SystemError from an
+    import, "could not create a primitive" from oneDNN).
+    """
+    if error is not None and not isinstance(error, Blip2nbError):
+        try:
+            bytes(_LITTLE)  # of pages that nothing touches
+        except MemoryError:
+            return True
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
