@@ -19,6 +19,7 @@ class Engine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **named: Any) -> Any:
         with sockets.private() as config:
+            named["shutdown_kernel"] = "immediate"  # the notebook is written; tidying up takes seconds
             return super().execute_managed_notebook(nb_man, kernel_name, config=config, **named)
 
 
