@@ -15,6 +15,7 @@ STRIP := -m nbstripout --keep-id --drop-tagged-cells injected-parameters \
 
 .PHONY: help demo test extended lint lab setup both browser lavis twins tapes picture docs filter strip bench sweeps rates \
 	newest processors clean
+unexport PYTHONDONTWRITEBYTECODE  # hundreds of processes import the same modules
 .NOTPARALLEL:  # two notebooks at once would write to one run
 
 help:  ## what can be made

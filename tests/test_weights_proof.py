@@ -97,13 +97,12 @@ def exchanged(table: tuple[Rule, ...], first: Rule, second: Rule) -> tuple[Rule,
 def interchangeable(name: str) -> list[tuple[Rule, Rule]]:
     """Every two rules that names and shapes alone cannot tell apart."""
     model = variant(name)
-    targets = {(entry.target, entry.shape) for entry in entries(model)}
     found = []
-    for one, two in itertools.combinations((rule for rule in rules(model) if isinstance(rule, Rename)), 2):
+    for pair in itertools.combinations((rule for rule in rules(model) if isinstance(rule, Rename)), 2):
         with contextlib.suppress(MappingError):  # their layers are not counted alike
-            swapped = entries(model, exchanged(rules(model), one, two))
-            if {(entry.target, entry.shape) for entry in swapped} == targets:
-                found.append((one, two))
+            own, swapped = (entries(model, table) for table in (pair, exchanged(pair, *pair)))
+            if {(entry.target, entry.shape) for entry in swapped} == {(entry.target, entry.shape) for entry in own}:
+                found.append(pair)
     return found
 
 
