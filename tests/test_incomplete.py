@@ -22,13 +22,15 @@ from test_page import Read
 from blip2nb import api, trace
 from blip2nb.display import overview, page, plots
 from blip2nb.errors import OutOfMemory, RequestError, memory_ran_out
-from blip2nb.models import break_it, huggingface, inputs
-from blip2nb.models.verify import _not_judged
+from blip2nb.models import break_it, huggingface, inputs, knowledge
+from blip2nb.models.verify import _not_judged, _parameters_of
 from blip2nb.report import FORMAT, Report
 from blip2nb.runs import Run
 from blip2nb.sweeps.sweep import Sweep
 from blip2nb.trace.comparison import Comparison
+from blip2nb.trace.diagnose import _Case
 from blip2nb.trace.stage import Stage
+from blip2nb.weights import sources
 
 OPT = "tiny-blip2-opt-2.7b"
 NO_MEMORY = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
@@ -235,6 +237,48 @@ def test_no_place_that_keeps_going_after_an_error_keeps_going_without_memory(
         bench.folder = bench.tape = bench.source = None  # type: ignore[assignment]
         with pytest.raises(RuntimeError, match="allocate"):
             bench._findings(break_it.Broken(None, None, run.model))  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        calls: list[object] = []
+        patch.setattr(break_it, "compare", lambda *_, **__: calls.append(1) or fails())
+        bench.known, bench.stages = [], []  # type: ignore[assignment]
+        with pytest.raises(RuntimeError, match="allocate"):
+            bench.measure(huggingface.Loaded(torch.nn.Linear(1, 1), None), {})  # type: ignore[arg-type]
+        assert len(calls) == 1
+    for place in ("Blip2Config.from_pretrained", "Blip2ForConditionalGeneration.__init__"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"transformers.{place}", fails)
+            with pytest.raises(RuntimeError, match="allocate"):
+                _parameters_of(run.model)
+
+
+def test_a_source_that_does_not_fit_into_memory_is_neither_gone_nor_damaged(monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: object) -> Any:
+        raise RequestError("damaged") from RuntimeError(NO_MEMORY)
+
+    monkeypatch.setattr(sources, "open_folder", fails)
+    for look in (lambda: sources.holds_weights(Path()), lambda: knowledge.at_hand(fails)):
+        with pytest.raises(RequestError, match="damaged"):
+            look()
+
+
+@pytest.mark.parametrize("step", ["_after", "_norm"])
+def test_memory_that_runs_out_in_the_diagnosis_is_no_answer(monkeypatch: pytest.MonkeyPatch, step: str):
+    """With another eps read off the modules and put right, and with what a module computes told from its outputs."""
+
+    def fails(*_: object, **__: object) -> Any:
+        raise RuntimeError(NO_MEMORY)
+
+    def block(eps: float) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8, eps))).eval()
+
+    table = [Stage("block", "0", "0", inputs={"input": ":input"}, modules={"0": "0", "1": "1"})]
+    shown = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
+    found = trace.compare(block(1e-5), block(1e-1), table, shown)
+    assert [one.part for one in found.findings] == ["norm"]
+    monkeypatch.setattr(_Case, step, fails)
+    with pytest.raises(RuntimeError, match="allocate"):
+        trace.compare(block(1e-5), block(1e-1), table, shown)
 
 
 # -- a verification of which a stage is not judged
