@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import psutil
 import pytest
@@ -99,6 +100,7 @@ def test_copying_takes_no_more_threads_than_its_share_of_cores(monkeypatch):
 
     def job():
         together.wait(timeout=30)
+        time.sleep(0.05)  # so that a thread is begun for each further job, if there may be more
         return threading.get_ident()
 
     assert len(set(at_once([job] * 12))) == 3

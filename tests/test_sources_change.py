@@ -42,6 +42,15 @@ def test_a_log_that_grows_beside_the_language_model_is_no_part_of_the_source(con
     assert (convert_meanwhile(change).model / "model.safetensors").is_file()
 
 
+def test_what_was_put_beside_the_language_model_since_then_makes_no_other_conversion(source_copy, tmp_path):
+    source = source_copy(TWIN)
+    before = api.convert(TWIN, source, output=tmp_path / "model").model / "blip2nb.json"
+    stamp = before.stat().st_mtime_ns
+    (source / "opt-2.7b" / "results.json").write_text("{}", encoding="utf-8")
+    api.convert(TWIN, source, output=tmp_path / "model")
+    assert before.stat().st_mtime_ns == stamp
+
+
 @pytest.mark.parametrize("name", ["opt-2.7b/vocab.json", "opt-2.7b/pytorch_model.bin"])
 def test_what_is_read_may_not_change(convert_meanwhile, name, tmp_path):
     with pytest.raises(RequestError, match="changed while it was read"):
