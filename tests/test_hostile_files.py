@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from pickles import CALLED, FORMS, ODDITIES, pth, short, text
 
 from blip2nb.errors import RequestError
+from blip2nb.models import lavis
 from blip2nb.run import kernels
 from blip2nb.run.environment import find_lavis
 from blip2nb.weights import torchfile
@@ -250,8 +251,8 @@ json.dump(said, sys.stdout)
 @pytest.mark.lavis
 def test_hostile_files_are_refused_where_lavis_is(tmp_path: Path):
     """The reader as it travels, run by LAVIS's own Python, with nothing beside it but NumPy. All of them in one go."""
-    lavis = find_lavis()
-    assert lavis is not None, "run `make lavis` first: this test needs LAVIS itself"
+    found = find_lavis()
+    assert found is not None, "run `make lavis` first: this test needs LAVIS itself"
     files, marker = tmp_path / "files", tmp_path / "code-ran"
     files.mkdir()
     for name, path in kernels._FILES.items():
@@ -275,7 +276,7 @@ def test_hostile_files_are_refused_where_lavis_is(tmp_path: Path):
     memo = pth(files / "memo", b"N" + b"\x94" * 10_000_000 + b".", False)
     expected[memo.name] = "takes more than 2,000,000 steps"
     done = subprocess.run(
-        [str(lavis.python), "-c", READ_ALL], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        [str(found.python), "-c", READ_ALL], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     said = json.loads(done.stdout)
@@ -284,3 +285,25 @@ def test_hostile_files_are_refused_where_lavis_is(tmp_path: Path):
     for name, why in expected.items():
         assert re.match(rf"refused: .*{why}", said[name]), (name, said[name])
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old"])
+def test_the_recorder_reads_weights_with_that_reader_and_with_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
+):
+    given = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"model": {f"module.{name}": value for name, value in given.items()}}, path,
+               _use_new_zipfile_serialization=zipped)  # fmt: skip
+    odd = tmp_path / "odd.pth"
+    torch.save({"c": torch.ones(2, dtype=torch.complex64)}, odd, _use_new_zipfile_serialization=zipped)
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("torch.load runs code below torch 2.6")
+
+    monkeypatch.setattr(torch, "load", forbidden)
+    found = dict(lavis._read(str(path)))
+    assert list(found) == list(given)
+    assert all(torch.equal(found[name], value) and found[name].dtype == value.dtype for name, value in given.items())
+    with pytest.raises(ValueError, match="c has dtype C64"):
+        list(lavis._read(str(odd)))
