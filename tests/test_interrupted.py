@@ -166,8 +166,9 @@ def test_nothing_of_a_killed_run_goes_on_writing(tmp_path: Path, forks: Forks):
     begun = subprocess.Popen([sys.executable, "-m", "blip2nb.cli", *map(str, request)], stderr=subprocess.DEVNULL)
     others: list[psutil.Process] = []
     while not others and begun.poll() is None:
-        children = psutil.Process(begun.pid).children()
-        others = [child for child in children if child.cmdline()[-1:] == ["blip2nb.models.configuration"]]
+        with contextlib.suppress(psutil.NoSuchProcess):  # one may end between being listed and being asked
+            children = psutil.Process(begun.pid).children()
+            others = [child for child in children if child.cmdline()[-1:] == ["blip2nb.models.configuration"]]
     for other in others:
         other.suspend()  # so that it is still there when the next run ends; without it, this one cannot
     while not noted(output) and begun.poll() is None:

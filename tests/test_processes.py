@@ -34,9 +34,16 @@ time.sleep(600)
 
 def gone(processes: list[psutil.Process], within: float = 5) -> bool:
     """A process that nobody has waited for yet is gone as well."""
+
+    def lives(process: psutil.Process) -> bool:
+        try:
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:  # it ended between the two questions
+            return False
+
     end = time.monotonic() + within
     while time.monotonic() < end:
-        if not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in processes):
+        if not any(map(lives, processes)):
             return True
         time.sleep(0.02)
     return False
@@ -46,8 +53,8 @@ def children(pid: int, what: str, within: float = 100) -> list[psutil.Process]:
     """What a process has started, once there is one among them with this in its command."""
     end = time.monotonic() + within
     while time.monotonic() < end:
-        found = psutil.Process(pid).children(recursive=True)
         with contextlib.suppress(psutil.Error):
+            found = psutil.Process(pid).children(recursive=True)
             if any(what in " ".join(one.cmdline()) for one in found):
                 return found
         time.sleep(0.02)

@@ -1,5 +1,6 @@
 """Sweeps through real Dask, papermill and kernels: nothing is lost, nothing is done twice, nothing is half-written."""
 
+import contextlib
 import json
 import os
 import re
@@ -100,7 +101,13 @@ def eventually(condition, patience=90):
 
 
 def alive(pids):
-    return {pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE}
+    def lives(pid):
+        try:
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    return set(filter(lives, pids))
 
 
 @pytest.fixture
@@ -296,7 +303,12 @@ def test_two_sweeps_on_one_folder_the_second_is_told_so(probe):
 
 def workers_of(pid):
     """Dask's worker processes below a process."""
-    return [one for one in psutil.Process(pid).children(recursive=True) if "spawn_main" in " ".join(one.cmdline())]
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end between being listed and being asked
+            if "spawn_main" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def test_a_worker_that_is_killed_is_replaced_and_its_runs_are_made_again(probe):
