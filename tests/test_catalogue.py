@@ -225,26 +225,6 @@ def test_what_is_planted_is_what_the_stages_show(benches: Benches, name: str, tm
             assert [one.name for one in found if one.name != KNOWN] == list(case.stages), case
 
 
-def sample(bench: break_it.Bench, names: str) -> list[break_it.Case]:
-    """One case each of some faults, at a place drawn by chance."""
-    chance = random.Random(bench.variant.name)
-    return [chance.choice(bench.cases(break_it.CATALOGUE[name])) for name in names.split()]
-
-
-# Faults that have one name wherever they are put
-CERTAIN = (
-    "qkv_swapped qkv_missing bias_missing bias_shifted transposed weight_missing norms_swapped layers_swapped "
-    "not_a_number attention_scale image_mean text_first"
-)
-
-
-@pytest.mark.parametrize("name", [OPT, T5])
-def test_a_sample_of_the_catalogue_is_found_with_its_module_and_cause(benches: Benches, name: str):
-    answers = [benches(name).ask(case) for case in sample(benches(name), CERTAIN)]
-    wrong = [str(answer) for answer in answers if answer.marks is None or not answer.marks.right]
-    assert not wrong, "\n".join(wrong)
-
-
 def said(stage: str, module: str, *causes: str) -> Finding:
     named = tuple(Cause(one, "", module) for one in causes)
     return Finding(stage, module, "", None, None, None, None, causes=named)
