@@ -34,7 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "convert.json"
 SPARE_BYTES = 1_000_000_000  # disk left free beside source and output
 
 # what a conversion imports into the process that copies, so that its memory can be told from theirs
-IMPORTS = "import blip2nb.cli, blip2nb.api, blip2nb.models.directory, blip2nb.models.files"
+IMPORTS = "import blip2nb.cli, blip2nb.api, blip2nb.conversion.directory, blip2nb.conversion.files"
 
 
 @dataclasses.dataclass(frozen=True)

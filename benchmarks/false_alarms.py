@@ -38,8 +38,9 @@ from benchmarks import machine
 from benchmarks.alarm_rates import OTHER, page
 from benchmarks.process import ROOT, BenchmarkError
 from benchmarks.processors import SETTINGS
-from blip2nb.models import configuration, directory, huggingface, inputs, tiny
-from blip2nb.models.files import open_source
+from blip2nb.conversion import directory
+from blip2nb.conversion.files import open_source
+from blip2nb.models import configuration, huggingface, inputs, tiny
 from blip2nb.models.stages import parameter_pairs, stages
 from blip2nb.run import kernels
 from blip2nb.run.environment import find_lavis

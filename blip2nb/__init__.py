@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # for editors and type checkers; see _HOMES
     from blip2nb.api import show as show
     from blip2nb.api import sweep as sweep
     from blip2nb.api import verify as verify
-    from blip2nb.models.files import which as which
+    from blip2nb.conversion.files import which as which
     from blip2nb.notebook import check_notebook as check_notebook
     from blip2nb.notebook import show_source as show_source
     from blip2nb.report import Report as Report
@@ -85,7 +85,7 @@ _HOMES = {
     "Run": "runs",
     "Tape": "trace.tape",
     "variant": "variants",
-    "which": "models.files",
+    "which": "conversion.files",
 }
 
 

@@ -18,14 +18,14 @@ from blip2nb.weights.download import locate
 from blip2nb.weights.writer import parse_size
 
 if TYPE_CHECKING:
+    from blip2nb.conversion.files import Opened
+    from blip2nb.conversion.preview import Preview
+    from blip2nb.conversion.revert import Reverted
     from blip2nb.display.difference import Difference
     from blip2nb.display.explorer import Explorer
     from blip2nb.display.figures.style import Picture
     from blip2nb.models.break_it import Answer, Listing
-    from blip2nb.models.files import Opened
     from blip2nb.models.inputs import Chosen, Paths
-    from blip2nb.models.preview import Preview
-    from blip2nb.models.revert import Reverted
     from blip2nb.sweeps.sweep import Sweep
     from blip2nb.trace.tape import Tape
 
@@ -86,9 +86,9 @@ def convert(
     Raises:
         RequestError: the request or its input is wrong. Nothing is left behind.
     """
+    from blip2nb.conversion import directory
+    from blip2nb.conversion.files import open_source, which
     from blip2nb.display import card
-    from blip2nb.models import directory
-    from blip2nb.models.files import open_source, which
 
     wanted = which(model, source)
     _check_dtype(dtype)
@@ -134,7 +134,7 @@ def push(target: str | Path | Run, repository: str, *, private: bool = False, to
         RequestError: the proof found that it is not the model, or there is no converted model, name or token; or the
             hub could not be reached or refused. What is converted stays.
     """
-    from blip2nb.models import hub
+    from blip2nb.conversion import hub
 
     return hub.push(_run_of(target), repository, token, private)
 
@@ -157,8 +157,8 @@ def plan(
     Raises:
         RequestError: as `convert` would, as far as that can be told now.
     """
-    from blip2nb.models.files import which
-    from blip2nb.models.preview import preview
+    from blip2nb.conversion.files import which
+    from blip2nb.conversion.preview import preview
 
     wanted = which(model, source)
     _check_dtype(dtype)
@@ -176,8 +176,8 @@ def check(target: str | Path | Run, source: str | Path = "", base: str | Path = 
     Raises:
         RequestError: the directory is not one of ours, or a source that was named is not there.
     """
-    from blip2nb.models import directory
-    from blip2nb.models.files import open_source
+    from blip2nb.conversion import directory
+    from blip2nb.conversion.files import open_source
 
     run = _run_of(target)
     manifest = Manifest.read(run.model)
@@ -190,7 +190,7 @@ def check(target: str | Path | Run, source: str | Path = "", base: str | Path = 
 
 def _source_of(run: Run, source: str | Path = "", base: str | Path = "") -> Opened | None:
     """What a run was converted from, opened, if it is here; nothing is downloaded for it."""
-    from blip2nb.models.files import open_source
+    from blip2nb.conversion.files import open_source
 
     source, base = source or run.source, base or run.base
     named = variant(Manifest.read(run.model).model)
@@ -214,7 +214,7 @@ def revert(target: str | Path | Run, output: str | Path, *, part: str = "trained
     Raises:
         RequestError: the directory is no BLIP-2 captioner, or the file is there already.
     """
-    from blip2nb.models.revert import PARTS, revert_model
+    from blip2nb.conversion.revert import PARTS, revert_model
 
     if part not in PARTS:
         raise RequestError(f"part should be one of {', '.join(PARTS)}, found {part!r}.")
@@ -234,7 +234,7 @@ def _check_dtype(dtype: str, possible: Sequence[str] = tuple(CASTS)) -> None:
 def _hub_token(repository: str) -> str:
     if not repository:
         return ""
-    from blip2nb.models import hub
+    from blip2nb.conversion import hub
 
     return hub.find_token(repository)
 
@@ -269,7 +269,7 @@ def capture(
     Raises:
         RequestError: there is no LAVIS, or it could not do it; or there is no image to show.
     """
-    from blip2nb.models.files import which
+    from blip2nb.conversion.files import which
     from blip2nb.models.inputs import choose
 
     if isinstance(model, str):
@@ -293,7 +293,7 @@ def _record(
     device: str,
     notebook: bool,
 ) -> Tape:
-    from blip2nb.models.files import open_source
+    from blip2nb.conversion.files import open_source
     from blip2nb.run import kernels, reference
 
     lavis = reference.require_lavis(lavis_python, wanted)
@@ -349,7 +349,7 @@ def verify(
         RequestError: the request is wrong, among others: `both` without a way to a tape.
         OutOfMemory: memory ran out, so that there is no verdict.
     """
-    from blip2nb.models.files import refuse_wrong_base
+    from blip2nb.conversion.files import refuse_wrong_base
     from blip2nb.models.inputs import choose
     from blip2nb.models.verify import verify as prove
     from blip2nb.run import reference
@@ -474,8 +474,8 @@ def check_proof(
 
     if proof not in PROOFS:
         raise RequestError(f"proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
+    from blip2nb.conversion.files import which
     from blip2nb.models import huggingface
-    from blip2nb.models.files import which
 
     wanted = which(model, source)
     recorded = new_run(wanted.name, source, run_name, output_dir).tape_path.is_file()

@@ -28,8 +28,8 @@ import transformers  # noqa: F401 (or every conversion would start a process for
 from conftest import Outcome, edit_weights
 
 from blip2nb import cli
+from blip2nb.conversion.files import own_files
 from blip2nb.models.configuration import read_language_config, write_configuration
-from blip2nb.models.files import own_files
 from blip2nb.variants import LanguageSizes, variant
 from blip2nb.weights.mapping import entries
 from blip2nb.weights.sources import open_checkpoint

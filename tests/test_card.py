@@ -19,8 +19,8 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from blip2nb import api
+from blip2nb.conversion.hub import CARD, FIGURE, README, is_edited, keep_card, sign, unsigned
 from blip2nb.display import card
-from blip2nb.models.hub import CARD, FIGURE, README, is_edited, keep_card, sign, unsigned
 from blip2nb.models.inputs import demo_images
 from blip2nb.report import Report
 from blip2nb.run import reference

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Blip2ForConditionalGeneration, GenerationConfig
 
 from blip2nb import api
+from blip2nb.conversion.files import own_files
 from blip2nb.errors import RequestError
-from blip2nb.models.files import own_files
 from blip2nb.models.inputs import demo_image
 from blip2nb.run import reference
 from blip2nb.runs import Run

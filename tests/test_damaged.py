@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip2nb import api
+from blip2nb.conversion.directory import check_model
+from blip2nb.conversion.files import open_source
 from blip2nb.errors import RequestError
-from blip2nb.models.directory import check_model
-from blip2nb.models.files import open_source
 from blip2nb.runs import Run
 from blip2nb.variants import variant
 from blip2nb.weights.sources import open_file, open_folder

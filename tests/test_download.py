@@ -29,8 +29,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from blip2nb.conversion.files import own_files
 from blip2nb.errors import RequestError
-from blip2nb.models.files import own_files
 from blip2nb.variants import variant
 from blip2nb.weights import download
 from blip2nb.weights.download import Part, fetch_file, locate, remote_size

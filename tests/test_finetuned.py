@@ -16,9 +16,9 @@ import torch
 from conftest import Outcome
 
 from blip2nb import api
+from blip2nb.conversion.files import Opened, find_files, open_source, own_files
+from blip2nb.conversion.recognise import configured, told_by
 from blip2nb.models import tiny
-from blip2nb.models.files import Opened, find_files, open_source, own_files
-from blip2nb.models.fit import configured, told_by
 from blip2nb.report import Report
 from blip2nb.run import kernels
 from blip2nb.run.environment import find_lavis

@@ -37,10 +37,10 @@ from huggingface_hub import ModelCard, metadata_load, snapshot_download
 from transformers import Blip2ForConditionalGeneration
 
 from blip2nb import api
+from blip2nb.conversion import hub as pushing
+from blip2nb.conversion.hub import CARD, FIGURE, README
 from blip2nb.display import card
 from blip2nb.errors import RequestError
-from blip2nb.models import hub as pushing
-from blip2nb.models.hub import CARD, FIGURE, README
 from blip2nb.report import Report
 from blip2nb.runs import Run
 

@@ -11,7 +11,7 @@ import torch
 
 import blip2nb
 from blip2nb import errors
-from blip2nb.models.files import open_source
+from blip2nb.conversion.files import open_source
 from blip2nb.models.stages import module_pairs, stages
 from blip2nb.run import kernels
 from blip2nb.run.environment import find_lavis

@@ -24,7 +24,7 @@ from notebook_runs import (
 )
 
 import blip2nb
-from blip2nb.models.files import own_files
+from blip2nb.conversion.files import own_files
 from blip2nb.variants import variant
 
 pytestmark = pytest.mark.usefixtures("kernels_begin_warm")

@@ -13,7 +13,7 @@ import torch
 from conftest import Outcome, edit_weights, snapshot
 
 from blip2nb import api
-from blip2nb.models.files import own_files
+from blip2nb.conversion.files import own_files
 from blip2nb.models.huggingface import load
 from blip2nb.run import reference
 from blip2nb.runs import Run

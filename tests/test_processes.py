@@ -139,7 +139,7 @@ def test_nothing_is_left_of_a_recording_that_was_ended(tmp_path: Path, number: s
 
 SESSION = """
 import sys
-from blip2nb.models.files import open_source
+from blip2nb.conversion.files import open_source
 from blip2nb.run.environment import find_lavis
 from blip2nb.run.session import LavisSession
 from blip2nb.variants import variant

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from blip2nb import resources
-from blip2nb.models.preview import preview
+from blip2nb.conversion.preview import preview
 from blip2nb.run import doctor, reference
 from blip2nb.sweeps import cluster
 from blip2nb.variants import variant

@@ -14,8 +14,8 @@ from forks import grow
 from safetensors.torch import load_file
 
 from blip2nb import api
+from blip2nb.conversion.files import open_source
 from blip2nb.errors import RequestError
-from blip2nb.models.files import open_source
 from blip2nb.runs import Run
 from blip2nb.variants import variant
 from blip2nb.weights.convert import Manifest

@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from blip2nb.conversion.files import own_files
 from blip2nb.errors import RequestError
-from blip2nb.models.files import own_files
 from blip2nb.variants import TWINS, variant
 from blip2nb.weights.hashing import DTYPE_NAMES, digest
 from blip2nb.weights.mapping import entries

@@ -14,9 +14,9 @@ import torch
 from conftest import Outcome
 
 from blip2nb import api
+from blip2nb.conversion.files import find_files, open_source, own_files
+from blip2nb.conversion.trained_on import DEFAULTS, changed, wrong_base
 from blip2nb.errors import RequestError
-from blip2nb.models.files import find_files, open_source, own_files
-from blip2nb.models.trained_on import DEFAULTS, changed, wrong_base
 from blip2nb.run.environment import find_lavis
 from blip2nb.variants import RELEASED, variant
 from blip2nb.weights.download import LAVIS_URL

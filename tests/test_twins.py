@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2nb.models.files import own_files
+from blip2nb.conversion.files import own_files
 from blip2nb.models.tiny import FORMS, Form, twin_tensors
 from blip2nb.run.reference import SHIPPED_TAPES
 from blip2nb.trace.tape import Tape

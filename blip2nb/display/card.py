@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip2nb.conversion.hub import FIGURE, README, is_edited, sign
 from blip2nb.display import text
-from blip2nb.models.hub import FIGURE, README, is_edited, sign
 from blip2nb.variants import Variant, variant
 from blip2nb.weights.convert import Manifest
 

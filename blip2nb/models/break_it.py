@@ -54,7 +54,7 @@ from blip2nb.weights.convert import Manifest
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from blip2nb.models.files import Opened
+    from blip2nb.conversion.files import Opened
 
 log = logging.getLogger("blip2nb")
 

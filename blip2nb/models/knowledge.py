@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from blip2nb.conversion.files import Opened
 from blip2nb.errors import RequestError, memory_ran_out
-from blip2nb.models.files import Opened
 from blip2nb.models.stages import parameter_pairs
 from blip2nb.trace.diagnose import AttributeDifference, Known
 from blip2nb.trace.precision import Weights

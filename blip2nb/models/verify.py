@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from blip2nb.conversion.hub import CARD
 from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.models import evidence, huggingface, symptoms, takes
-from blip2nb.models.hub import CARD
 from blip2nb.models.knowledge import at_hand, before_the_cast, knowledge, knowledge_of_cast, made_again
 from blip2nb.models.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
 from blip2nb.report import FORMAT, Missing, Report
@@ -46,7 +46,7 @@ from blip2nb.weights.sources import open_folder, shapes
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from blip2nb.models.files import Opened
+    from blip2nb.conversion.files import Opened
     from blip2nb.trace.stage import Stage
     from blip2nb.trace.tape import Tape
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from blip2nb.conversion.directory import weights_hash
+from blip2nb.conversion.files import Opened, open_source, which
 from blip2nb.errors import OutOfMemory, RequestError, memory_ran_out, no_memory
 from blip2nb.models import configuration, inputs, lavis
-from blip2nb.models.directory import weights_hash
-from blip2nb.models.files import Opened, open_source, which
 from blip2nb.models.stages import parameter_pairs, stages, token_ids
 from blip2nb.run import sockets
 from blip2nb.run.environment import Lavis

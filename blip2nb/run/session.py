@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip2nb.conversion.files import Opened
 from blip2nb.errors import RequestError
-from blip2nb.models.files import Opened
 from blip2nb.run import kernels, sockets
 from blip2nb.run.environment import Lavis
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from blip2nb.conversion.files import open_source
 from blip2nb.errors import RequestError
 from blip2nb.models import huggingface
-from blip2nb.models.files import open_source
 from blip2nb.models.stages import stages
 from blip2nb.models.verify import state, tape_images, versions
 from blip2nb.run import reference

@@ -253,7 +253,7 @@ class _Need:
             largest: bytes of memory of the largest worker. A model that fits in none is proven by
                 its weights alone, as it would be by hand, unless both proofs were asked for.
         """
-        from blip2nb.models.preview import CONVERTING, memory_proving
+        from blip2nb.conversion.preview import CONVERTING, memory_proving
 
         model = _model_of(run)
         if model is None:
@@ -280,7 +280,7 @@ def _model_of(run: Asked) -> Any:
 
             return variant(model)
         if source:
-            from blip2nb.models.files import which
+            from blip2nb.conversion.files import which
 
             return which("", source)
     except RequestError:

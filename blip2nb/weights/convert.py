@@ -1,7 +1,7 @@
 """A source's tensors to sharded safetensors, piece by piece on all cores, with a manifest of where each came from;
 the way back; and the check of what was written.
 
-Knows names and bytes alone. What makes the folder a model (configuration, tokenizer) is added by `models.directory`.
+Knows names and bytes alone. What makes the folder a model (configuration, tokenizer) is added by `conversion.directory`.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from blip2nb.bars import progress_bar
+from blip2nb.conversion.directory import free_space
+from blip2nb.conversion.preview import gigabytes
+from blip2nb.conversion.recognise import from_config
 from blip2nb.errors import RequestError
-from blip2nb.models.directory import free_space
-from blip2nb.models.fit import from_config
-from blip2nb.models.preview import gigabytes
 from blip2nb.variants import Variant
 from blip2nb.weights.checkpoint import write_checkpoint
 from blip2nb.weights.convert import MANIFEST, Manifest

@@ -15,10 +15,10 @@ from typing import Any
 
 from blip2nb import __version__
 from blip2nb.bars import progress_bar
+from blip2nb.conversion.files import Opened
+from blip2nb.conversion.hub import CARD, README, keep_card
 from blip2nb.errors import RequestError
 from blip2nb.models.configuration import write_configuration
-from blip2nb.models.files import Opened
-from blip2nb.models.hub import CARD, README, keep_card
 from blip2nb.weights.convert import (
     LOSSY,
     MANIFEST,

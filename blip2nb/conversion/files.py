@@ -9,10 +9,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from blip2nb.conversion import trained_on
+from blip2nb.conversion.recognise import configured, told_by, with_language, with_sizes
 from blip2nb.errors import RequestError
-from blip2nb.models import trained_on
 from blip2nb.models.configuration import read_language_config
-from blip2nb.models.fit import configured, told_by, with_language, with_sizes
 from blip2nb.variants import Variant, variant
 from blip2nb.weights.download import cache_folder, locate, released_files
 from blip2nb.weights.mapping import POSITIONS, Plan, check_part, plan

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from blip2nb.models.fit import model_config
+from blip2nb.conversion.recognise import model_config
 from blip2nb.variants import RELEASED, VARIANTS, Variant
 from blip2nb.weights.download import LAVIS_URL
 from blip2nb.weights.mapping import entries

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from blip2nb import resources
+from blip2nb.conversion.directory import free_space
+from blip2nb.conversion.files import Opened, open_source, wrong_base
+from blip2nb.conversion.recognise import configured
 from blip2nb.errors import RequestError
-from blip2nb.models.directory import free_space
-from blip2nb.models.files import Opened, open_source, wrong_base
-from blip2nb.models.fit import configured
 from blip2nb.variants import Variant
 from blip2nb.weights.convert import CASTS, KEPT_IN_FLOAT32, target_slots
 from blip2nb.weights.download import Part, cache_folder, locate, remote_size

@@ -1,0 +1,1 @@
+"""From files to a directory that transformers loads: recognise, assemble, preview, write, check, revert, push."""
