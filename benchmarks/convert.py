@@ -27,8 +27,8 @@ from benchmarks import costs, in_memory, machine
 from benchmarks.process import ROOT, BenchmarkError, Command, peak_memory, seconds
 from benchmarks.results import Entry, Results, markdown
 from benchmarks.synthetic import SIZES, Size, source_bytes, write_source
+from blip2nb.families.captioners.mapping import parameter_count
 from blip2nb.weights.convert import CASTS
-from blip2nb.weights.mapping import parameter_count
 
 RESULTS = ROOT / "benchmarks" / "results" / "convert.json"
 SPARE_BYTES = 1_000_000_000  # disk left free beside source and output

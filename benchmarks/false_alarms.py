@@ -38,10 +38,11 @@ from benchmarks import machine
 from benchmarks.alarm_rates import OTHER, page
 from benchmarks.process import ROOT, BenchmarkError
 from benchmarks.processors import SETTINGS
+from blip2nb import twins
 from blip2nb.conversion import directory
 from blip2nb.conversion.files import open_source
-from blip2nb.models import configuration, huggingface, inputs, tiny
-from blip2nb.models.stages import parameter_pairs, stages
+from blip2nb.families.captioners import configuration, huggingface, inputs
+from blip2nb.families.captioners.stages import parameter_pairs, stages
 from blip2nb.run import kernels
 from blip2nb.run.environment import find_lavis
 from blip2nb.trace.comparison import compare
@@ -240,7 +241,7 @@ class TwinJob:
 
 def twin_pair(model: Variant, seed: int, work: Path) -> tuple[Row, Callable[[str], huggingface.Loaded]]:
     """A twin with a seed's weights: the request to LAVIS, and transformers' side by dtype, converted by the kit."""
-    tiny.write_twin(model, work / "source", seed)
+    twins.write_twin(model, work / "source", seed)
     opened = open_source(model, work / "source")
     path = kernels.prepare(work / "request", opened, "twin")
     request = json.loads(path.read_text(encoding="utf-8"))
@@ -303,7 +304,7 @@ def _noise(chance: random.Random) -> Image.Image:
 
 
 def _words(chance: random.Random, least: int, most: int) -> str:
-    return " ".join(chance.choices(tiny.WORDS, k=chance.randint(least, most)))
+    return " ".join(chance.choices(twins.WORDS, k=chance.randint(least, most)))
 
 
 def measure_twin(
@@ -596,7 +597,7 @@ def empty_block(model: Variant, place: Stage) -> torch.nn.Module:
         qformer=dataclasses.replace(model.qformer, layers=2),
         language=dataclasses.replace(model.language, layers=2),
     )
-    text = {"opt": tiny._opt_config, "t5": tiny._t5_config}[model.language.kind](short)
+    text = {"opt": twins._opt_config, "t5": twins._t5_config}[model.language.kind](short)
     config = configuration.model_config(short, text, image_token=model.language.vocabulary - 1, newline=0)
     with torch.device("meta"):
         whole = Blip2ForConditionalGeneration(Blip2Config(**config))

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from blip2nb.display.difference import Difference
     from blip2nb.display.explorer import Explorer
     from blip2nb.display.figures.style import Picture
+    from blip2nb.families.captioners.inputs import Chosen, Paths
     from blip2nb.models.break_it import Answer, Listing
-    from blip2nb.models.inputs import Chosen, Paths
     from blip2nb.sweeps.sweep import Sweep
     from blip2nb.trace.tape import Tape
 
@@ -270,7 +270,7 @@ def capture(
         RequestError: there is no LAVIS, or it could not do it; or there is no image to show.
     """
     from blip2nb.conversion.files import which
-    from blip2nb.models.inputs import choose
+    from blip2nb.families.captioners.inputs import choose
 
     if isinstance(model, str):
         wanted = which(model, source)
@@ -350,7 +350,7 @@ def verify(
         OutOfMemory: memory ran out, so that there is no verdict.
     """
     from blip2nb.conversion.files import refuse_wrong_base
-    from blip2nb.models.inputs import choose
+    from blip2nb.families.captioners.inputs import choose
     from blip2nb.models.verify import verify as prove
     from blip2nb.run import reference
     from blip2nb.run.environment import find_lavis
@@ -475,7 +475,7 @@ def check_proof(
     if proof not in PROOFS:
         raise RequestError(f"proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
     from blip2nb.conversion.files import which
-    from blip2nb.models import huggingface
+    from blip2nb.families.captioners import huggingface
 
     wanted = which(model, source)
     recorded = new_run(wanted.name, source, run_name, output_dir).tape_path.is_file()

@@ -155,8 +155,8 @@ def _root(
 @app.command()
 def variants(as_json: Json = False) -> None:
     """List the models and their twins."""
+    from blip2nb.families.captioners.mapping import parameter_count
     from blip2nb.variants import VARIANTS
-    from blip2nb.weights.mapping import parameter_count
 
     rows: list[dict[str, Any]] = [
         {
@@ -182,8 +182,8 @@ def variants(as_json: Json = False) -> None:
 @app.command()
 def keys(model: Model, as_json: Json = False) -> None:
     """Print the whole mapping of a model: every tensor's name in LAVIS and in transformers, from shapes alone."""
+    from blip2nb.families.captioners.mapping import entries
     from blip2nb.variants import variant
-    from blip2nb.weights.mapping import entries
 
     rows: list[dict[str, Any]] = [
         {"source": list(entry.sources), "target": entry.target, "rule": entry.kind, "shape": list(entry.shape)}
@@ -332,7 +332,7 @@ def capture(
 def _all_texts(named: list[str] | None, file: str) -> list[str]:
     if not file:
         return named or []
-    from blip2nb.models.inputs import read_texts
+    from blip2nb.families.captioners.inputs import read_texts
 
     return [*(named or []), *read_texts(file)]
 

@@ -29,9 +29,9 @@ from conftest import Outcome, edit_weights
 
 from blip2nb import cli
 from blip2nb.conversion.files import own_files
-from blip2nb.models.configuration import read_language_config, write_configuration
+from blip2nb.families.captioners.configuration import read_language_config, write_configuration
+from blip2nb.families.captioners.mapping import entries
 from blip2nb.variants import LanguageSizes, variant
-from blip2nb.weights.mapping import entries
 from blip2nb.weights.sources import open_checkpoint
 from blip2nb.weights.threads import at_once
 from blip2nb.weights.writer import JOURNAL

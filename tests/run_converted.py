@@ -17,8 +17,8 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
-from blip2nb.models.huggingface import Loaded, caption, forward_inputs
-from blip2nb.models.inputs import demo_images, texts
+from blip2nb.families.captioners.huggingface import Loaded, caption, forward_inputs
+from blip2nb.families.captioners.inputs import demo_images, texts
 from blip2nb.weights.convert import Manifest
 
 # transformers 5 picks another image processor than was saved, unless it is told; 4.57 picks the one that was

@@ -24,11 +24,11 @@ from safetensors.torch import load_file, save_file
 import blip2nb
 from blip2nb import api
 from blip2nb.errors import RequestError
-from blip2nb.models import huggingface
-from blip2nb.models.tiny import write_twin
+from blip2nb.families.captioners import huggingface
 from blip2nb.run import clean
 from blip2nb.runs import Run, find_run, run_of_model
 from blip2nb.sweeps.place import HIDDEN, RECORD
+from blip2nb.twins import write_twin
 from blip2nb.variants import variant
 from blip2nb.weights.convert import Manifest
 from blip2nb.weights.writer import JOURNAL

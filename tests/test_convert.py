@@ -16,13 +16,13 @@ from transformers import AutoProcessor, Blip2ForConditionalGeneration, Generatio
 from blip2nb import api
 from blip2nb.conversion.files import own_files
 from blip2nb.errors import RequestError
-from blip2nb.models.inputs import demo_image
+from blip2nb.families.captioners.inputs import demo_image
+from blip2nb.families.captioners.mapping import entries
 from blip2nb.run import reference
 from blip2nb.runs import Run
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import TWINS, variant
 from blip2nb.weights.hashing import digest
-from blip2nb.weights.mapping import entries
 from blip2nb.weights.sources import open_folder, open_model
 
 Converted = Callable[[str], Run]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from blip2nb.models import huggingface
-from blip2nb.models.stages import stages
+from blip2nb.families.captioners import huggingface
+from blip2nb.families.captioners.stages import stages
 from blip2nb.models.verify import tape_images
 from blip2nb.run.reference import SHIPPED_TAPES
 from blip2nb.runs import Run
@@ -83,7 +83,7 @@ def test_other_weights_and_inputs_raise_none_with_lavis_live(tmp_path: Path, lav
 
 
 def test_a_seed_gives_other_weights_and_none_gives_the_twin() -> None:
-    from blip2nb.models.tiny import twin_tensors
+    from blip2nb.twins import twin_tensors
 
     own, same, other = (twin_tensors(variant(OPT), seed) for seed in (0, 0, 5))
     assert own.keys() == other.keys()

@@ -17,7 +17,7 @@ from matplotlib.text import Text
 
 from blip2nb.display import plots
 from blip2nb.display.figures import stage_map
-from blip2nb.models import stages
+from blip2nb.families.captioners import stages
 from blip2nb.trace.comparison import ARRIVAL_TOLERANCE
 from blip2nb.variants import VARIANTS
 

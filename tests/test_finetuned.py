@@ -15,10 +15,10 @@ import pytest
 import torch
 from conftest import Outcome
 
-from blip2nb import api
+from blip2nb import api, twins
 from blip2nb.conversion.files import Opened, find_files, open_source, own_files
 from blip2nb.conversion.recognise import configured, told_by
-from blip2nb.models import tiny
+from blip2nb.families.captioners.mapping import POSITIONS
 from blip2nb.report import Report
 from blip2nb.run import kernels
 from blip2nb.run.environment import find_lavis
@@ -26,7 +26,6 @@ from blip2nb.runs import Run
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import variant
 from blip2nb.weights.convert import Manifest, inverse_tensors
-from blip2nb.weights.mapping import POSITIONS
 from blip2nb.weights.sources import files_in, open_checkpoint
 from blip2nb.weights.stored import digest_of
 
@@ -196,7 +195,7 @@ def worked(
     for name in (OPT, T5):
         model = variant(name)
         source = folder / f"{name} source"
-        tiny.write_twin(dataclasses.replace(model, language=dataclasses.replace(model.language, **SMALLER)), source)
+        twins.write_twin(dataclasses.replace(model, language=dataclasses.replace(model.language, **SMALLER)), source)
         smaller[name] = convert(name, open_source(model, source), model=name, source=source)
 
     jobs = []

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pickles import CALLED, FORMS, ODDITIES, pth, short, text
 
 from blip2nb.errors import RequestError
-from blip2nb.models import lavis
+from blip2nb.families.captioners import lavis
 from blip2nb.run import kernels
 from blip2nb.run.environment import find_lavis
 from blip2nb.weights import torchfile

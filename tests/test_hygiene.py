@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from mdit_py_plugins.anchors import anchors_plugin
 from PIL import Image
 
-from blip2nb.models.inputs import png
+from blip2nb.families.captioners.inputs import png
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

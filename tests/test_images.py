@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from blip2nb import api
 from blip2nb.display import plots
 from blip2nb.errors import RequestError
-from blip2nb.models import huggingface, takes
-from blip2nb.models.inputs import choose, demo_image, read_texts
-from blip2nb.models.stages import stages
+from blip2nb.families.captioners import huggingface
+from blip2nb.families.captioners.inputs import choose, demo_image, read_texts
+from blip2nb.families.captioners.stages import stages
+from blip2nb.models import takes
 from blip2nb.models.verify import tape_images
 from blip2nb.run import reference
 from blip2nb.runs import Run

@@ -168,7 +168,7 @@ def test_nothing_of_a_killed_run_goes_on_writing(tmp_path: Path, forks: Forks):
     while not others and begun.poll() is None:
         with contextlib.suppress(psutil.NoSuchProcess):  # one may end between being listed and being asked
             children = psutil.Process(begun.pid).children()
-            others = [child for child in children if child.cmdline()[-1:] == ["blip2nb.models.configuration"]]
+            others = [child for child in children if "".join(child.cmdline()).endswith("captioners.configuration")]
     for other in others:
         other.suspend()  # so that it is still there when the next run ends; without it, this one cannot
     while not noted(output) and begun.poll() is None:

@@ -12,7 +12,7 @@ import torch
 import blip2nb
 from blip2nb import errors
 from blip2nb.conversion.files import open_source
-from blip2nb.models.stages import module_pairs, stages
+from blip2nb.families.captioners.stages import module_pairs, stages
 from blip2nb.run import kernels
 from blip2nb.run.environment import find_lavis
 from blip2nb.run.reference import SHIPPED_TAPES
@@ -142,7 +142,7 @@ def test_a_twin_is_alive(name, live_tapes):
 
 @pytest.mark.parametrize("name", TWINS)
 def test_every_parameter_of_lavis_is_paired_with_one_of_transformers(name, live_tapes):
-    from blip2nb.models.stages import parameter_pairs
+    from blip2nb.families.captioners.stages import parameter_pairs
 
     pairs = parameter_pairs(variant(name))
     parameters = live_tapes[name].metadata["parameters"]

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig, T5Config
 
 from blip2nb.errors import RequestError
-from blip2nb.models.configuration import model_config
-from blip2nb.variants import RELEASED, VARIANTS, Variant, variant
-from blip2nb.weights.mapping import (
+from blip2nb.families.captioners.configuration import model_config
+from blip2nb.families.captioners.mapping import (
     FuseQueryValueBias,
     MappingError,
     Rename,
@@ -24,6 +23,7 @@ from blip2nb.weights.mapping import (
     unused_by,
     variant_sources,
 )
+from blip2nb.variants import RELEASED, VARIANTS, Variant, variant
 
 TWIN = variant("tiny-blip2-flan-t5-xl")
 REQUIRED = sorted(name for entry in entries(TWIN) if not entry.optional for name in entry.sources)

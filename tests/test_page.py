@@ -22,9 +22,9 @@ from reading import Page
 
 from blip2nb import api
 from blip2nb.display import page, plots, text
+from blip2nb.families.captioners.mapping import entries
 from blip2nb.runs import Run
 from blip2nb.variants import variant
-from blip2nb.weights.mapping import entries
 
 TWIN = "tiny-blip2-opt-2.7b"
 

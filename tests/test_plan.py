@@ -14,13 +14,13 @@ from conftest import Outcome, edit_weights, snapshot
 
 from blip2nb import api
 from blip2nb.conversion.files import own_files
-from blip2nb.models.huggingface import load
+from blip2nb.families.captioners.huggingface import load
+from blip2nb.families.captioners.mapping import parameter_count
 from blip2nb.run import reference
 from blip2nb.runs import Run
 from blip2nb.variants import RELEASED, TWINS, variant
 from blip2nb.weights import download
 from blip2nb.weights.convert import Manifest
-from blip2nb.weights.mapping import parameter_count
 
 OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"
 Command = Callable[..., Outcome]

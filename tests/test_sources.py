@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from blip2nb.conversion.files import own_files
 from blip2nb.errors import RequestError
+from blip2nb.families.captioners.mapping import entries
 from blip2nb.variants import TWINS, variant
 from blip2nb.weights.hashing import DTYPE_NAMES, digest
-from blip2nb.weights.mapping import entries
 from blip2nb.weights.sources import lay_over, open_file, open_folder, open_model, shapes
 
 # one tensor of every dtype, and the shapes that are easily got wrong

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from blip2nb.conversion.files import own_files
-from blip2nb.models.tiny import FORMS, Form, twin_tensors
+from blip2nb.families.captioners.mapping import entries, plan
 from blip2nb.run.reference import SHIPPED_TAPES
 from blip2nb.trace.tape import Tape
+from blip2nb.twins import FORMS, Form, twin_tensors
 from blip2nb.variants import RELEASED, TWINS, VARIANTS, variant
 from blip2nb.weights.convert import target_slots
 from blip2nb.weights.hashing import combine, digest
-from blip2nb.weights.mapping import entries, plan
 from blip2nb.weights.sources import open_file, open_folder, open_model
 from blip2nb.weights.stored import digest_of
 
@@ -33,7 +33,7 @@ def test_twins_are_bit_identical_in_a_process_with_other_hashes_and_threads(tmp_
     script = (
         "import pathlib, sys, torch\n"
         "torch.set_num_threads(int(sys.argv[1]))\n"
-        "from blip2nb.models.tiny import write_twin\n"
+        "from blip2nb.twins import write_twin\n"
         "from blip2nb.variants import TWINS, variant\n"
         "for name in TWINS:\n"
         "    write_twin(variant(name), pathlib.Path(sys.argv[2]) / name)\n"

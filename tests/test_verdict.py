@@ -120,7 +120,7 @@ def test_the_lines_shown_caption_as_lavis_does(converted):
     """What `show` tells people to type is run here, word for word, and gives LAVIS's own captions."""
     from transformers import AutoProcessor, Blip2ForConditionalGeneration  # the names the lines use
 
-    from blip2nb.models.inputs import demo_images
+    from blip2nb.families.captioners.inputs import demo_images
     from blip2nb.trace.tape import Tape
 
     name = "tiny-blip2-flan-t5-xl-coco"  # its default beams are among those that both libraries agree on

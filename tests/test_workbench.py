@@ -52,7 +52,8 @@ def test_the_values_are_kept_and_not_computed_again(proven, monkeypatch) -> None
     before = proven.tensor("logits")
     written = (proven.folder / "activations.safetensors").stat().st_mtime_ns
     proven.release()
-    monkeypatch.setattr("blip2nb.models.huggingface.load", None)  # a restarted kernel that needed the model would fail
+    # a restarted kernel that needed the model would fail
+    monkeypatch.setattr("blip2nb.families.captioners.huggingface.load", None)
     after = proven.tensor("logits")
     assert np.array_equal(before.transformers, after.transformers)
     assert (proven.folder / "activations.safetensors").stat().st_mtime_ns == written

@@ -18,7 +18,7 @@ from blip2nb.bars import progress_bar
 from blip2nb.conversion.files import Opened
 from blip2nb.conversion.hub import CARD, README, keep_card
 from blip2nb.errors import RequestError
-from blip2nb.models.configuration import write_configuration
+from blip2nb.families.captioners.configuration import write_configuration
 from blip2nb.weights.convert import (
     LOSSY,
     MANIFEST,

@@ -12,10 +12,10 @@ from typing import Any
 from blip2nb.conversion import trained_on
 from blip2nb.conversion.recognise import configured, told_by, with_language, with_sizes
 from blip2nb.errors import RequestError
-from blip2nb.models.configuration import read_language_config
+from blip2nb.families.captioners.configuration import read_language_config
+from blip2nb.families.captioners.mapping import POSITIONS, Plan, check_part, plan
 from blip2nb.variants import Variant, variant
 from blip2nb.weights.download import cache_folder, locate, released_files
-from blip2nb.weights.mapping import POSITIONS, Plan, check_part, plan
 from blip2nb.weights.sources import (
     Assembled,
     Files,
@@ -201,9 +201,9 @@ def own_files(variant: Variant) -> Files:
     """A twin's files, made on the spot and kept; a released variant's, from a cache or the network."""
     if not variant.twin:
         return released_files(variant)
-    from blip2nb.models import tiny  # which needs torch
+    from blip2nb import twins  # which needs torch
 
-    folder = cache_folder() / "twins" / f"{variant.name}-r{tiny.REVISION}"
+    folder = cache_folder() / "twins" / f"{variant.name}-r{twins.REVISION}"
     if not folder.is_dir():
-        tiny.write_twin(variant, folder)
+        twins.write_twin(variant, folder)
     return files_in(folder, variant)

@@ -14,10 +14,10 @@ from blip2nb.conversion.directory import free_space
 from blip2nb.conversion.files import Opened, open_source, wrong_base
 from blip2nb.conversion.recognise import configured
 from blip2nb.errors import RequestError
+from blip2nb.families.captioners.mapping import entries, parameter_count
 from blip2nb.variants import Variant
 from blip2nb.weights.convert import CASTS, KEPT_IN_FLOAT32, target_slots
 from blip2nb.weights.download import Part, cache_folder, locate, remote_size
-from blip2nb.weights.mapping import entries, parameter_count
 from blip2nb.weights.sources import open_checkpoint, weight_files
 from blip2nb.weights.stored import SIZES
 from blip2nb.weights.writer import Slot, parse_size, shard

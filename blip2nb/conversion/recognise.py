@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from blip2nb.errors import RequestError
+from blip2nb.families.captioners.mapping import POSITIONS, check_part
 from blip2nb.variants import VARIANTS, LanguageSizes, QFormerSizes, Variant, VisionSizes
-from blip2nb.weights.mapping import POSITIONS, check_part
 from blip2nb.weights.sources import Assembled, open_checkpoint, shapes
 
 log = logging.getLogger("blip2nb")

@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from blip2nb.conversion.recognise import model_config
+from blip2nb.families.captioners.mapping import entries
 from blip2nb.variants import RELEASED, VARIANTS, Variant
 from blip2nb.weights.download import LAVIS_URL
-from blip2nb.weights.mapping import entries
 
 _TABLE = [VARIANTS[name] for name in RELEASED]
 _PRETRAINED = {one.language_model: one.checkpoint for one in _TABLE if not one.vision_in_checkpoint}

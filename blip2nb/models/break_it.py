@@ -37,9 +37,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from blip2nb.errors import RequestError, memory_ran_out
-from blip2nb.models import huggingface, verify
-from blip2nb.models.configuration import IMAGE_MEAN, IMAGE_STD
-from blip2nb.models.stages import module_pairs, stages
+from blip2nb.families.captioners import huggingface
+from blip2nb.families.captioners.configuration import IMAGE_MEAN, IMAGE_STD
+from blip2nb.families.captioners.stages import module_pairs, stages
+from blip2nb.models import verify
 from blip2nb.report import Report, finite
 from blip2nb.trace import faults
 from blip2nb.trace.anatomy import ACTIVATIONS, activations, attentions, norms

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from blip2nb.models import configuration, huggingface
+from blip2nb.families.captioners import configuration, huggingface
+from blip2nb.families.captioners.mapping import entries
 from blip2nb.trace.comparison import Comparison
 from blip2nb.trace.metrics import kl_per_position
 from blip2nb.trace.stage import Stage
 from blip2nb.variants import Variant
 from blip2nb.weights.convert import Manifest
-from blip2nb.weights.mapping import entries
 
 if TYPE_CHECKING:
     from PIL.Image import Image

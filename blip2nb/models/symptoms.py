@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from blip2nb.models.configuration import IMAGE_MEAN, IMAGE_STD
-from blip2nb.models.huggingface import Loaded
-from blip2nb.models.stages import token_ids
+from blip2nb.families.captioners.configuration import IMAGE_MEAN, IMAGE_STD
+from blip2nb.families.captioners.huggingface import Loaded
+from blip2nb.families.captioners.stages import token_ids
 from blip2nb.trace import arrivals
 from blip2nb.trace.causes import Cause, CounterTest
 from blip2nb.trace.metrics import distance

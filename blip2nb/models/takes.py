@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from blip2nb.models import configuration, evidence, huggingface
-from blip2nb.models.lavis import in_batches
+from blip2nb.families.captioners import configuration, huggingface
+from blip2nb.families.captioners.lavis import in_batches
+from blip2nb.models import evidence
 from blip2nb.trace.comparison import Comparison, StageResult, compare
 from blip2nb.trace.diagnose import AttributeDifference, repaired
 from blip2nb.trace.metrics import FEW, compare_logits, kl_per_position

@@ -19,9 +19,11 @@ import torch
 
 from blip2nb.conversion.hub import CARD
 from blip2nb.errors import RequestError, memory_ran_out
-from blip2nb.models import evidence, huggingface, symptoms, takes
+from blip2nb.families.captioners import huggingface
+from blip2nb.families.captioners.mapping import MappingError, entries
+from blip2nb.families.captioners.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
+from blip2nb.models import evidence, symptoms, takes
 from blip2nb.models.knowledge import at_hand, before_the_cast, knowledge, knowledge_of_cast, made_again
-from blip2nb.models.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
 from blip2nb.report import FORMAT, Missing, Report
 from blip2nb.trace.causes import Cause
 from blip2nb.trace.comparison import Comparison, TableError, compare, compare_in_passing, faulty
@@ -40,7 +42,6 @@ from blip2nb.trace.weights import kind_of
 from blip2nb.variants import Variant
 from blip2nb.weights import hashing, stored
 from blip2nb.weights.convert import LOSSY, Manifest, file_hash, inverse_of
-from blip2nb.weights.mapping import MappingError, entries
 from blip2nb.weights.sources import open_folder, shapes
 
 if TYPE_CHECKING:

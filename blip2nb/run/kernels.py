@@ -19,22 +19,22 @@ from typing import Any
 from blip2nb.conversion.directory import weights_hash
 from blip2nb.conversion.files import Opened, open_source, which
 from blip2nb.errors import OutOfMemory, RequestError, memory_ran_out, no_memory
-from blip2nb.models import configuration, inputs, lavis
-from blip2nb.models.stages import parameter_pairs, stages, token_ids
+from blip2nb.families.captioners import configuration, inputs, lavis
+from blip2nb.families.captioners.mapping import Tied, entries
+from blip2nb.families.captioners.stages import parameter_pairs, stages, token_ids
 from blip2nb.run import sockets
 from blip2nb.run.environment import Lavis
 from blip2nb.runs import new_run
 from blip2nb.trace.stage import places, places_inside
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant
-from blip2nb.weights.mapping import Tied, entries
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 NOTEBOOK = _PACKAGE.parent / "notebooks" / "lavis.ipynb"
 
 # What travels to where LAVIS is: the recorder, under a name that does not hide the lavis package, and what it needs
 _FILES = {
-    "record_lavis.py": _PACKAGE / "models" / "lavis.py",
+    "record_lavis.py": _PACKAGE / "families" / "captioners" / "lavis.py",
     "attended.py": _PACKAGE / "models" / "attended.py",
     "tape.py": _PACKAGE / "trace" / "tape.py",
     "hashing.py": _PACKAGE / "weights" / "hashing.py",
@@ -153,7 +153,7 @@ def open_request(
     device: str = "cpu",
     base: str = "",
 ) -> dict[str, Any]:
-    """The request that lavis.ipynb is to carry out, ready for `blip2nb.models.lavis`.
+    """The request that lavis.ipynb is to carry out, ready for `blip2nb.families.captioners.lavis`.
 
     Args:
         request: the path of one that was prepared; else one is made for the model, and the tape goes to its run.

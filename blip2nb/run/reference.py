@@ -9,8 +9,8 @@ from pathlib import Path
 from blip2nb import resources
 from blip2nb.conversion.preview import memory_proving
 from blip2nb.errors import RequestError
-from blip2nb.models.inputs import Chosen, demo_hash
-from blip2nb.models.stages import stages
+from blip2nb.families.captioners.inputs import Chosen, demo_hash
+from blip2nb.families.captioners.stages import stages
 from blip2nb.report import Missing
 from blip2nb.run.environment import Lavis, find_lavis
 from blip2nb.runs import Run

@@ -1,7 +1,8 @@
 """A source's tensors to sharded safetensors, piece by piece on all cores, with a manifest of where each came from;
 the way back; and the check of what was written.
 
-Knows names and bytes alone. What makes the folder a model (configuration, tokenizer) is added by `conversion.directory`.
+Knows names and bytes alone. What makes the folder a model (configuration, tokenizer) is added by
+`conversion.directory`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from blake3 import blake3
 from isal import isal_zlib
 
 from blip2nb.errors import RequestError
+from blip2nb.families.captioners.mapping import Entry, MappingError, Plan
 from blip2nb.variants import Variant, variant_of
-from blip2nb.weights.mapping import Entry, MappingError, Plan
 from blip2nb.weights.sources import Alias, Assembled, open_folder
 from blip2nb.weights.stored import (
     PAGE,

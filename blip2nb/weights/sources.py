@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from blip2nb.errors import RequestError, memory_ran_out
+from blip2nb.families.captioners.mapping import FuseQueryValueBias, MappingError, Tied, entries
 from blip2nb.variants import Variant
-from blip2nb.weights.mapping import FuseQueryValueBias, MappingError, Tied, entries
 from blip2nb.weights.stored import SIZES, Stored
 from blip2nb.weights.torchfile import Odd, read_torch_file
 

@@ -18,7 +18,7 @@ from blip2nb.weights.sources import Files
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PACKAGE = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parents[2]
 
 # LAVIS's `generate`, by the names transformers gives the same settings. LAVIS's min_length of 1 is met by the prompt's
 # first token, so that it never holds a caption back; transformers' min_new_tokens would.

@@ -98,11 +98,11 @@ def caption(loaded: Loaded, images: list[Image], prompt: str, **options: Any) ->
 
     Returns:
         {"ids": one list per image, from the first new token to the end-of-sequence token, "text": one string per
-        image}, and where one beam is followed "steps": one list per image, as `blip2nb.models.lavis.ladder` makes it.
+        image}, and where one beam is followed "steps": one list per image, as `lavis.ladder` makes it.
     """
     import torch
 
-    from blip2nb.models.lavis import ladder, until
+    from blip2nb.families.captioners.lavis import ladder, until
 
     inputs = loaded.processor(images=images, text=[prompt] * len(images), return_tensors="pt").to(loaded.model.device)
     language = loaded.model.language_model
