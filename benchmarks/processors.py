@@ -35,7 +35,7 @@ from blip2nb.conversion.files import open_source
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.stages import stages
 from blip2nb.models.break_it import CATALOGUE, Bench, Case
-from blip2nb.models.verify import tape_images
+from blip2nb.proof.verify import tape_images
 from blip2nb.run.environment import find_lavis
 from blip2nb.run.reference import shipped_tape
 from blip2nb.trace import Stage, compare

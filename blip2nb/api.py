@@ -351,7 +351,7 @@ def verify(
     """
     from blip2nb.conversion.files import refuse_wrong_base
     from blip2nb.families.captioners.inputs import choose
-    from blip2nb.models.verify import verify as prove
+    from blip2nb.proof.verify import verify as prove
     from blip2nb.run import reference
     from blip2nb.run.environment import find_lavis
 
@@ -411,7 +411,7 @@ def verify(
 def _forget_another_models(run: Run) -> None:
     """Remove an earlier report, unless it is of the model as it stands. That one stays true if this verification is
     killed; any other would then pass for its result."""
-    from blip2nb.models.verify import state
+    from blip2nb.proof.verify import state
     from blip2nb.report import content_of
 
     path = run.folder / "report.json"

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoProcessor, Blip2ForConditionalGeneration  # noqa: F401, which would take memory later
 
 from blip2nb import api, cli  # noqa: F401
-from blip2nb.models import verify  # noqa: F401
+from blip2nb.proof import verify  # noqa: F401
 
 
 def held() -> int:

@@ -12,7 +12,7 @@ import torch
 
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.stages import stages
-from blip2nb.models.verify import tape_images
+from blip2nb.proof.verify import tape_images
 from blip2nb.run.reference import SHIPPED_TAPES
 from blip2nb.runs import Run
 from blip2nb.trace.comparison import Comparison, compare

@@ -20,8 +20,8 @@ from blip2nb.errors import RequestError
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.inputs import choose, demo_image, read_texts
 from blip2nb.families.captioners.stages import stages
-from blip2nb.models import takes
-from blip2nb.models.verify import tape_images
+from blip2nb.proof import takes
+from blip2nb.proof.verify import tape_images
 from blip2nb.run import reference
 from blip2nb.runs import Run
 from blip2nb.trace.comparison import compare

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from blip2nb.families.captioners.stages import parameter_pairs
-from blip2nb.models.knowledge import _Held
+from blip2nb.proof.knowledge import _Held
 from blip2nb.trace.diagnose import attribute_differences
 from blip2nb.trace.tape import attributes, recording
 from blip2nb.variants import variant

@@ -40,7 +40,7 @@ from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.configuration import IMAGE_MEAN, IMAGE_STD
 from blip2nb.families.captioners.stages import module_pairs, stages
-from blip2nb.models import verify
+from blip2nb.proof import verify
 from blip2nb.report import Report, finite
 from blip2nb.trace import faults
 from blip2nb.trace.anatomy import ACTIVATIONS, activations, attentions, norms

@@ -140,7 +140,7 @@ def require_lavis(lavis_python: str | Path, model: Variant) -> Lavis:
 def report_holds(run: Run, lavis_python: str | Path = "", chosen: Chosen | None = None) -> bool:
     """Whether the run's report is of its model as it stands, by these versions, on the demo's inputs or those that were
     chosen, and as complete as it can be here."""
-    from blip2nb.models.verify import state, versions
+    from blip2nb.proof.verify import state, versions
 
     if not (run.folder / "report.json").is_file():
         return False

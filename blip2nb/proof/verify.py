@@ -22,8 +22,8 @@ from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.mapping import MappingError, entries
 from blip2nb.families.captioners.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
-from blip2nb.models import evidence, symptoms, takes
-from blip2nb.models.knowledge import at_hand, before_the_cast, knowledge, knowledge_of_cast, made_again
+from blip2nb.proof import evidence, symptoms, takes
+from blip2nb.proof.knowledge import at_hand, before_the_cast, knowledge, knowledge_of_cast, made_again
 from blip2nb.report import FORMAT, Missing, Report
 from blip2nb.trace.causes import Cause
 from blip2nb.trace.comparison import Comparison, TableError, compare, compare_in_passing, faulty

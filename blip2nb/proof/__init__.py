@@ -1,0 +1,1 @@
+"""A converted directory and a recording of LAVIS: weights, behaviour, and the verdict. Never starts LAVIS."""
