@@ -23,7 +23,7 @@ help:  ## what can be made
 
 demo: setup  ## convert a twin, prove it, show the verdict (needs no LAVIS)
 	@mkdir -p outputs
-	@$(BIN)/python -m blip2nb.run.papermill notebooks/convert.ipynb outputs/$(MODEL).ipynb -p model_name $(MODEL) --log-level WARNING
+	@$(BIN)/python -m blip2nb.lavis_env.papermill notebooks/convert.ipynb outputs/$(MODEL).ipynb -p model_name $(MODEL) --log-level WARNING
 	@echo
 	@$(BIN)/blip2nb show $(MODEL)
 	@echo "  notebook  outputs/$(MODEL).ipynb"
@@ -41,7 +41,7 @@ newest:  ## the newest releases of all dependencies, in an environment that is m
 	.newest/bin/python -m pip freeze --exclude-editable
 	.newest/bin/python -m pytest tests/test_convert.py tests/test_hygiene.py -k "not book"
 	for twin in tiny-blip2-opt-2.7b tiny-blip2-flan-t5-xl; do \
-		.newest/bin/python -m blip2nb.run.papermill notebooks/convert.ipynb .newest/$$twin.ipynb -p model_name $$twin \
+		.newest/bin/python -m blip2nb.lavis_env.papermill notebooks/convert.ipynb .newest/$$twin.ipynb -p model_name $$twin \
 			-p output_dir $(CURDIR)/.newest/outputs --log-level WARNING || exit 1; done
 	rm -rf .newest
 
@@ -126,7 +126,7 @@ $(BOOK)/source/notebooks/%.ipynb: notebooks/%.ipynb $(wildcard blip2nb/*.py blip
 	@mkdir -p $(@D)
 	@if [ $* = lavis ] && ! $(BIN)/jupyter kernelspec list 2>/dev/null | grep -q '^ *lavis '; then cp $< $@; else \
 		echo "  running   $<"; \
-		$(BIN)/python -m blip2nb.run.papermill $< $(BOOK)/$*.ipynb -p output_dir $(abspath $(BOOK))/outputs --no-progress-bar --log-level ERROR \
+		$(BIN)/python -m blip2nb.lavis_env.papermill $< $(BOOK)/$*.ipynb -p output_dir $(abspath $(BOOK))/outputs --no-progress-bar --log-level ERROR \
 			|| { echo "$< failed; as far as it came it is in $(BOOK)/$*.ipynb" >&2; exit 1; }; \
 		$(BIN)/python -m nbstripout --keep-id --keep-count --keep-output --drop-tagged-cells injected-parameters \
 			$(BOOK)/$*.ipynb && mv $(BOOK)/$*.ipynb $@; fi

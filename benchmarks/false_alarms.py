@@ -43,8 +43,8 @@ from blip2nb.conversion import directory
 from blip2nb.conversion.files import open_source
 from blip2nb.families.captioners import configuration, huggingface, inputs
 from blip2nb.families.captioners.stages import parameter_pairs, stages
-from blip2nb.run import kernels
-from blip2nb.run.environment import find_lavis
+from blip2nb.lavis_env import kernels
+from blip2nb.lavis_env.environment import find_lavis
 from blip2nb.trace.comparison import compare
 from blip2nb.trace.stage import Stage
 from blip2nb.variants import TWINS, Variant, variant

@@ -28,8 +28,8 @@ from benchmarks.process import ROOT
 from benchmarks.results import table
 from blip2nb import api
 from blip2nb.conversion.files import open_source
+from blip2nb.lavis_env.reference import shipped_tape
 from blip2nb.models.break_it import CATALOGUE, VISIBLE, Answer, Bench, Case, Marks
-from blip2nb.run.reference import shipped_tape
 from blip2nb.trace.faults import Fault, first_middle_last
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import TWINS, variant

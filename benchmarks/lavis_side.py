@@ -3,7 +3,7 @@
 Importing LAVIS takes longer than running a twin, so a twin's model is built once and filled anew for every other set of
 weights. Its blocks are also built alone, at their full size. Python 3.8; nothing of LAVIS is changed.
 
-Started as `python lavis_side.py FOLDER`, where FOLDER holds the recorder that `blip2nb.run.kernels.prepare` copies.
+Started as `python lavis_side.py FOLDER`, where FOLDER holds the recorder that `lavis_env.kernels.prepare` copies.
 Each line on standard input is a job as JSON, each is answered by one line of JSON:
 
     {"job": "twin", "request": {…}, "threads": 2}          what the recorder's request says, but for captions

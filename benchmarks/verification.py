@@ -27,8 +27,8 @@ from benchmarks.process import ROOT, seconds
 from benchmarks.results import table
 from blip2nb import api
 from blip2nb.families.captioners import huggingface
+from blip2nb.lavis_env.reference import SHIPPED_TAPES
 from blip2nb.proof import verify
-from blip2nb.run.reference import SHIPPED_TAPES
 from blip2nb.trace.precision import widened
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import variant

@@ -294,7 +294,7 @@ def _record(
     notebook: bool,
 ) -> Tape:
     from blip2nb.conversion.files import open_source
-    from blip2nb.run import kernels, reference
+    from blip2nb.lavis_env import kernels, reference
 
     lavis = reference.require_lavis(lavis_python, wanted)
     opened = open_source(wanted, source, base)
@@ -351,9 +351,9 @@ def verify(
     """
     from blip2nb.conversion.files import refuse_wrong_base
     from blip2nb.families.captioners.inputs import choose
+    from blip2nb.lavis_env import reference
+    from blip2nb.lavis_env.environment import find_lavis
     from blip2nb.proof.verify import verify as prove
-    from blip2nb.run import reference
-    from blip2nb.run.environment import find_lavis
 
     if proof not in PROOFS:
         raise RequestError(f"proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
@@ -449,7 +449,7 @@ def proven(
     Raises:
         RequestError: as `convert` and `verify` do.
     """
-    from blip2nb.run import reference
+    from blip2nb.lavis_env import reference
 
     if run_name and not model and not source:
         run = find_run(run_name, output_dir)
@@ -470,7 +470,7 @@ def check_proof(
     Raises:
         RequestError: there is no such proof, or "both" was asked for without LAVIS and without a recording.
     """
-    from blip2nb.run import reference
+    from blip2nb.lavis_env import reference
 
     if proof not in PROOFS:
         raise RequestError(f"proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
@@ -611,8 +611,8 @@ def break_it(target: str | Path | Run, fault: str, where: str = "", seed: int = 
     Raises:
         RequestError: there is no such run, mistake or place, or no recording of LAVIS that fits the run.
     """
+    from blip2nb.lavis_env import reference
     from blip2nb.models.break_it import Bench
-    from blip2nb.run import reference
 
     run = _run_of(target)
     manifest = Manifest.read(run.model)
@@ -665,7 +665,7 @@ def finish(run: Run, keep_model: bool = True) -> None:
     """
     if keep_model or not run.model.exists():
         return
-    from blip2nb.run import clean
+    from blip2nb import clean
 
     clean.remove_model(run)
     log.info("removed the converted model %s; report and figures stay", run.model)

@@ -549,7 +549,7 @@ def sweep(
 @app.command()
 def doctor(lavis_python: LavisPython = "", as_json: Json = False) -> None:
     """Check this machine: versions, the LAVIS environment, disk and memory."""
-    from blip2nb.run.doctor import examine
+    from blip2nb.doctor import examine
 
     findings = examine(lavis_python)
     if as_json:
@@ -577,7 +577,7 @@ def clean(
     as_json: Json = False,
 ) -> None:
     """List what takes space: runs, unfinished work, twins, downloads. With names, remove it."""
-    from blip2nb.run import clean as cleaning
+    from blip2nb import clean as cleaning
 
     items = cleaning.survey(output_dir)
     if not names and not models:

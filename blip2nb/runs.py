@@ -14,7 +14,7 @@ from blip2nb.variants import Variant, variant
 from blip2nb.whole import write_whole
 
 if TYPE_CHECKING:
-    from blip2nb.run.workbench import Sides
+    from blip2nb.lavis_env.workbench import Sides
     from blip2nb.trace.step import Step
     from blip2nb.trace.tape import Tape
 
@@ -111,7 +111,7 @@ class Run:
         Raises:
             RequestError: there is no such stage, no converted model, or no recording of LAVIS.
         """
-        from blip2nb.run import workbench
+        from blip2nb.lavis_env import workbench
 
         return workbench.tensor(self, stage, fed)
 
@@ -128,14 +128,14 @@ class Run:
         Raises:
             RequestError: there is no such stage, or nothing is computed there.
         """
-        from blip2nb.run import workbench
+        from blip2nb.lavis_env import workbench
 
         return workbench.step(self, stage, lavis_python)
 
     def release(self) -> None:
         """Let go of the models that `tensor` and `step` hold in memory, and with them of every change made to them.
         Looking at another run does so too."""
-        from blip2nb.run import workbench
+        from blip2nb.lavis_env import workbench
 
         workbench.release()
 

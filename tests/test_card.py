@@ -22,8 +22,8 @@ from blip2nb import api
 from blip2nb.conversion.hub import CARD, FIGURE, README, is_edited, keep_card, sign, unsigned
 from blip2nb.display import card
 from blip2nb.families.captioners.inputs import demo_images
+from blip2nb.lavis_env import reference
 from blip2nb.report import Report
-from blip2nb.run import reference
 from blip2nb.runs import Run
 from blip2nb.variants import VARIANTS
 from blip2nb.weights.convert import Manifest

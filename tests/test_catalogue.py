@@ -20,9 +20,9 @@ import blip2nb
 from benchmarks.faults import drawn, pairs
 from blip2nb.conversion.files import open_source
 from blip2nb.errors import RequestError
+from blip2nb.lavis_env.reference import shipped_tape
 from blip2nb.models import break_it
 from blip2nb.models.break_it import Expected, judge
-from blip2nb.run.reference import shipped_tape
 from blip2nb.runs import Run
 from blip2nb.trace import Stage, compare, faults
 from blip2nb.trace.causes import CAUSES, Cause

@@ -22,10 +22,9 @@ from jupyter_client.manager import start_new_kernel
 from safetensors.torch import load_file, save_file
 
 import blip2nb
-from blip2nb import api
+from blip2nb import api, clean
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners import huggingface
-from blip2nb.run import clean
 from blip2nb.runs import Run, find_run, run_of_model
 from blip2nb.sweeps.place import HIDDEN, RECORD
 from blip2nb.twins import write_twin

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from blip2nb.run import doctor, kernels
+from blip2nb import doctor
+from blip2nb.lavis_env import kernels
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,9 +19,9 @@ from blip2nb import api, twins
 from blip2nb.conversion.files import Opened, find_files, open_source, own_files
 from blip2nb.conversion.recognise import configured, told_by
 from blip2nb.families.captioners.mapping import POSITIONS
+from blip2nb.lavis_env import kernels
+from blip2nb.lavis_env.environment import find_lavis
 from blip2nb.report import Report
-from blip2nb.run import kernels
-from blip2nb.run.environment import find_lavis
 from blip2nb.runs import Run
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import variant

@@ -21,8 +21,8 @@ from pickles import CALLED, FORMS, ODDITIES, pth, short, text
 
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners import lavis
-from blip2nb.run import kernels
-from blip2nb.run.environment import find_lavis
+from blip2nb.lavis_env import kernels
+from blip2nb.lavis_env.environment import find_lavis
 from blip2nb.weights import torchfile
 from blip2nb.weights.sources import open_file
 from blip2nb.weights.torchfile import RestrictedUnpickler, read_torch_file

@@ -20,9 +20,9 @@ from blip2nb.errors import RequestError
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.inputs import choose, demo_image, read_texts
 from blip2nb.families.captioners.stages import stages
+from blip2nb.lavis_env import reference
 from blip2nb.proof import takes
 from blip2nb.proof.verify import tape_images
-from blip2nb.run import reference
 from blip2nb.runs import Run
 from blip2nb.trace.comparison import compare
 from blip2nb.trace.metrics import distance

@@ -13,9 +13,9 @@ import blip2nb
 from blip2nb import errors
 from blip2nb.conversion.files import open_source
 from blip2nb.families.captioners.stages import module_pairs, stages
-from blip2nb.run import kernels
-from blip2nb.run.environment import find_lavis
-from blip2nb.run.reference import SHIPPED_TAPES
+from blip2nb.lavis_env import kernels
+from blip2nb.lavis_env.environment import find_lavis
+from blip2nb.lavis_env.reference import SHIPPED_TAPES
 from blip2nb.trace.stage import places
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import TWINS, variant

@@ -19,8 +19,8 @@ from blip2nb import api
 from blip2nb.conversion.hub import FIGURE
 from blip2nb.display import narrow
 from blip2nb.display.figures.style import Picture
+from blip2nb.lavis_env.reference import SHIPPED_TAPES
 from blip2nb.proof import verify
-from blip2nb.run.reference import SHIPPED_TAPES
 from blip2nb.runs import Run
 from blip2nb.trace.tape import Tape
 

@@ -20,8 +20,8 @@ from traitlets.config import Config
 
 from blip2nb import api
 from blip2nb.errors import RequestError
+from blip2nb.lavis_env.environment import find_lavis
 from blip2nb.notebook import parameters, typed
-from blip2nb.run.environment import find_lavis
 from blip2nb.sweeps.asked import expand, open_notebook
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from blip2nb import api
 from blip2nb.conversion.files import own_files
 from blip2nb.families.captioners.huggingface import load
 from blip2nb.families.captioners.mapping import parameter_count
-from blip2nb.run import reference
+from blip2nb.lavis_env import reference
 from blip2nb.runs import Run
 from blip2nb.variants import RELEASED, TWINS, variant
 from blip2nb.weights import download

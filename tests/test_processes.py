@@ -20,8 +20,8 @@ import pytest
 from conftest import Outcome
 
 from blip2nb.errors import OutOfMemory
-from blip2nb.run import kernels, sockets
-from blip2nb.run.environment import Lavis, find_lavis
+from blip2nb.lavis_env import kernels, sockets
+from blip2nb.lavis_env.environment import Lavis, find_lavis
 from blip2nb.sweeps import child
 
 ROOT = Path(__file__).parent.parent
@@ -140,8 +140,8 @@ def test_nothing_is_left_of_a_recording_that_was_ended(tmp_path: Path, number: s
 SESSION = """
 import sys
 from blip2nb.conversion.files import open_source
-from blip2nb.run.environment import find_lavis
-from blip2nb.run.session import LavisSession
+from blip2nb.lavis_env.environment import find_lavis
+from blip2nb.lavis_env.session import LavisSession
 from blip2nb.variants import variant
 LavisSession(find_lavis(), open_source(variant("tiny-blip2-opt-2.7b")), "twin")
 print("ready", file=open(sys.argv[1], "w"), flush=True)
@@ -213,7 +213,7 @@ def test_papermill_of_ours_opens_no_port_where_a_path_can_be_short_enough(
     temporary = outer / "t".ljust(length - len(str(outer)) - 1, "t")
     temporary.mkdir()
     executed = tells_transport.with_name("out.ipynb")
-    command = [sys.executable, "-m", "blip2nb.run.papermill", tells_transport, executed, "--log-level", "ERROR"]
+    command = [sys.executable, "-m", "blip2nb.lavis_env.papermill", tells_transport, executed, "--log-level", "ERROR"]
     environment = {**os.environ, "TMPDIR": str(temporary)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert printed(executed) == transport

@@ -9,9 +9,9 @@ import time
 import psutil
 import pytest
 
-from blip2nb import resources
+from blip2nb import doctor, resources
 from blip2nb.conversion.preview import preview
-from blip2nb.run import doctor, reference
+from blip2nb.lavis_env import reference
 from blip2nb.sweeps import cluster
 from blip2nb.variants import variant
 from blip2nb.weights.threads import at_once

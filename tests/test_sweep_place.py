@@ -7,8 +7,8 @@ import nbformat
 import papermill
 import pytest
 
+from blip2nb.lavis_env.reference import completion
 from blip2nb.report import FORMAT, Report
-from blip2nb.run.reference import completion
 from blip2nb.runs import Run
 from blip2nb.sweeps.place import HIDDEN, place, relocate
 from blip2nb.weights.convert import Manifest

@@ -18,7 +18,7 @@ from blip2nb.conversion.files import find_files, open_source, own_files
 from blip2nb.conversion.trained_on import DEFAULTS, changed, wrong_base
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners.mapping import POSITIONS, entries
-from blip2nb.run.environment import find_lavis
+from blip2nb.lavis_env.environment import find_lavis
 from blip2nb.variants import RELEASED, variant
 from blip2nb.weights.download import LAVIS_URL
 from blip2nb.weights.sources import open_checkpoint, open_file

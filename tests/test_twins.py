@@ -15,7 +15,7 @@ import torch
 
 from blip2nb.conversion.files import own_files
 from blip2nb.families.captioners.mapping import entries, plan
-from blip2nb.run.reference import SHIPPED_TAPES
+from blip2nb.lavis_env.reference import SHIPPED_TAPES
 from blip2nb.trace.tape import Tape
 from blip2nb.twins import FORMS, Form, twin_tensors
 from blip2nb.variants import RELEASED, TWINS, VARIANTS, variant

@@ -10,9 +10,9 @@ import pytest
 from blip2nb import api
 from blip2nb.display.text import describe, numbers, usage, verdict_html
 from blip2nb.errors import RequestError
+from blip2nb.lavis_env import reference
 from blip2nb.proof.verify import _verdict
 from blip2nb.report import INFINITE, Report
-from blip2nb.run import reference
 from blip2nb.runs import Run
 from blip2nb.variants import TWINS, variant
 

@@ -20,8 +20,8 @@ from blip2nb import api
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners import mapping
 from blip2nb.families.captioners.mapping import FuseQueryValueBias, MappingError, Rename, Rule, Tied, entries, rules
+from blip2nb.lavis_env import reference
 from blip2nb.proof.verify import prove_weights
-from blip2nb.run import reference
 from blip2nb.runs import Run
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import TWINS, variant

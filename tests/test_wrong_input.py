@@ -18,7 +18,7 @@ from conftest import Outcome, edit_weights, snapshot
 from blip2nb import api
 from blip2nb.conversion.files import own_files
 from blip2nb.errors import RequestError
-from blip2nb.run import reference
+from blip2nb.lavis_env import reference
 from blip2nb.runs import Run
 from blip2nb.variants import variant
 

@@ -11,9 +11,9 @@ import numpy as np
 from blip2nb.display import plots
 from blip2nb.display.faults import Faults
 from blip2nb.display.figures import inside, one_position
+from blip2nb.lavis_env.workbench import Sides
 from blip2nb.proof.evidence import heads_of
 from blip2nb.report import Report
-from blip2nb.run.workbench import Sides
 from blip2nb.runs import Run
 from blip2nb.weights.convert import Manifest
 

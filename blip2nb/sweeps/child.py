@@ -52,7 +52,7 @@ def execute(asked: dict[str, Any], say: Callable[..., None]) -> dict[str, Any]:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
-    from blip2nb.run import sockets
+    from blip2nb.lavis_env import sockets
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     headings = _headings(nbformat.read(asked["input"], 4).cells, injected=bool(asked["parameters"]))

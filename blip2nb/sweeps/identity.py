@@ -66,7 +66,7 @@ def kit() -> str:
 
 def has_lavis(lavis_python: str) -> bool:
     """Whether a LAVIS environment is there to make a recording with, which a proof without one would lack."""
-    from blip2nb.run.environment import find_lavis
+    from blip2nb.lavis_env.environment import find_lavis
 
     return find_lavis(lavis_python) is not None
 

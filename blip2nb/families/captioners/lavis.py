@@ -1,8 +1,8 @@
 """Builds LAVIS's own model on given weights and records a tape of what it does.
 
 Runs where LAVIS is installed, which may be an old environment far from this kit: Python 3.8, and nothing but torch,
-lavis, safetensors and the small files copied beside it (see `_FILES` in blip2nb/run/kernels.py). Everything that is to
-be done stands in a request, a JSON file that the kit writes:
+lavis, safetensors and the small files copied beside it (see `_FILES` in blip2nb/lavis_env/kernels.py). Everything that
+is to be done stands in a request, a JSON file that the kit writes:
 
     python record_lavis.py request.json
 

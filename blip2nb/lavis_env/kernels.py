@@ -22,8 +22,8 @@ from blip2nb.errors import OutOfMemory, RequestError, memory_ran_out, no_memory
 from blip2nb.families.captioners import configuration, inputs, lavis
 from blip2nb.families.captioners.mapping import Tied, entries
 from blip2nb.families.captioners.stages import parameter_pairs, stages, token_ids
-from blip2nb.run import sockets
-from blip2nb.run.environment import Lavis
+from blip2nb.lavis_env import sockets
+from blip2nb.lavis_env.environment import Lavis
 from blip2nb.runs import new_run
 from blip2nb.trace.stage import places, places_inside
 from blip2nb.trace.tape import Tape
@@ -35,7 +35,7 @@ NOTEBOOK = _PACKAGE.parent / "notebooks" / "lavis.ipynb"
 # What travels to where LAVIS is: the recorder, under a name that does not hide the lavis package, and what it needs
 _FILES = {
     "record_lavis.py": _PACKAGE / "families" / "captioners" / "lavis.py",
-    "attended.py": _PACKAGE / "models" / "attended.py",
+    "attended.py": _PACKAGE / "lavis_env" / "attended.py",
     "tape.py": _PACKAGE / "trace" / "tape.py",
     "hashing.py": _PACKAGE / "weights" / "hashing.py",
     "torchfile.py": _PACKAGE / "weights" / "torchfile.py",

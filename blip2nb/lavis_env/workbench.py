@@ -21,10 +21,10 @@ from blip2nb.conversion.files import open_source
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.stages import stages
+from blip2nb.lavis_env import reference
+from blip2nb.lavis_env.environment import find_lavis
+from blip2nb.lavis_env.session import LavisModule, LavisSession
 from blip2nb.proof.verify import state, tape_images, versions
-from blip2nb.run import reference
-from blip2nb.run.environment import find_lavis
-from blip2nb.run.session import LavisModule, LavisSession
 from blip2nb.runs import Run
 from blip2nb.trace.comparison import compare
 from blip2nb.trace.metrics import distance

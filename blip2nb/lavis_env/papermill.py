@@ -1,6 +1,6 @@
 """papermill's own command line, with kernels that open no TCP port:
 
-python -m blip2nb.run.papermill in.ipynb out.ipynb
+python -m blip2nb.lavis_env.papermill in.ipynb out.ipynb
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 from papermill import cli
 from papermill.engines import NBClientEngine, papermill_engines
 
-from blip2nb.run import sockets
+from blip2nb.lavis_env import sockets
 
 
 class Engine(NBClientEngine):

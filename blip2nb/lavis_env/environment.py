@@ -9,7 +9,7 @@ from pathlib import Path
 from blip2nb.errors import RequestError
 
 KERNEL = "lavis"
-_CHECKOUT = Path(__file__).resolve().parent.parent.parent
+_CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @dataclasses.dataclass(frozen=True)

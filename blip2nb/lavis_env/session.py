@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from blip2nb.conversion.files import Opened
 from blip2nb.errors import RequestError
-from blip2nb.run import kernels, sockets
-from blip2nb.run.environment import Lavis
+from blip2nb.lavis_env import kernels, sockets
+from blip2nb.lavis_env.environment import Lavis
 
 if TYPE_CHECKING:
     import torch

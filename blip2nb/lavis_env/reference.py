@@ -11,8 +11,8 @@ from blip2nb.conversion.preview import memory_proving
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners.inputs import Chosen, demo_hash
 from blip2nb.families.captioners.stages import stages
+from blip2nb.lavis_env.environment import Lavis, find_lavis
 from blip2nb.report import Missing
-from blip2nb.run.environment import Lavis, find_lavis
 from blip2nb.runs import Run
 from blip2nb.trace.stage import places
 from blip2nb.trace.tape import Tape

@@ -8,8 +8,8 @@ import platform
 import shutil
 
 from blip2nb import resources
-from blip2nb.run import kernels
-from blip2nb.run.environment import find_lavis
+from blip2nb.lavis_env import kernels
+from blip2nb.lavis_env.environment import find_lavis
 from blip2nb.runs import outputs_folder
 from blip2nb.weights.download import cache_folder
 

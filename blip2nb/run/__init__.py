@@ -1,1 +1,0 @@
-"""Running things elsewhere: the LAVIS environment and its kernel."""
