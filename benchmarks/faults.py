@@ -4,7 +4,7 @@
     python -m benchmarks.faults --twins tiny-blip2-opt-2.7b --faults eps,qkv_swapped --output /tmp/faults.md
 
 Each fault is planted at the first, a middle and the last of the places that differ only in depth, in a model that is
-otherwise right, and the kit is asked (`blip2nb.models.break_it.Bench.ask`). What right answers are is said in the page
+otherwise right, and the kit is asked (`catalogue.break_it.Bench.ask`). What right answers are is said in the page
 that is written.
 """
 
@@ -27,10 +27,10 @@ from benchmarks import machine
 from benchmarks.process import ROOT
 from benchmarks.results import table
 from blip2nb import api
+from blip2nb.catalogue.any_model import Fault, first_middle_last
+from blip2nb.catalogue.break_it import CATALOGUE, VISIBLE, Answer, Bench, Case, Marks
 from blip2nb.conversion.files import open_source
 from blip2nb.lavis_env.reference import shipped_tape
-from blip2nb.models.break_it import CATALOGUE, VISIBLE, Answer, Bench, Case, Marks
-from blip2nb.trace.faults import Fault, first_middle_last
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import TWINS, variant
 
@@ -164,7 +164,7 @@ def page(results: Sequence[Result], system: dict[str, Any], options: argparse.Na
     words = [
         "# How often a fault is found",
         "Written by `python -m benchmarks.faults`.",
-        f"Each fault of the catalogues (`blip2nb.trace.faults`, `blip2nb.models.break_it`) in {', '.join(twins)}, at "
+        f"Each fault of the catalogues (`blip2nb.catalogue`) in {', '.join(twins)}, at "
         f"the first, a middle and the last of the places that differ only in depth{drawn_by_chance}. Random choices: "
         f"{options.seeds} for each place. Of {PAIRS}, both must be right.",
         _RULES,

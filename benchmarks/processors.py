@@ -31,12 +31,12 @@ import torch
 
 from benchmarks.process import ROOT
 from benchmarks.results import table
+from blip2nb.catalogue.break_it import CATALOGUE, Bench, Case
 from blip2nb.conversion.files import open_source
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.stages import stages
 from blip2nb.lavis_env.environment import find_lavis
 from blip2nb.lavis_env.reference import shipped_tape
-from blip2nb.models.break_it import CATALOGUE, Bench, Case
 from blip2nb.proof.verify import tape_images
 from blip2nb.trace import Stage, compare
 from blip2nb.trace.tape import Tape

@@ -18,6 +18,7 @@ from blip2nb.weights.download import locate
 from blip2nb.weights.writer import parse_size
 
 if TYPE_CHECKING:
+    from blip2nb.catalogue.break_it import Answer, Listing
     from blip2nb.conversion.files import Opened
     from blip2nb.conversion.preview import Preview
     from blip2nb.conversion.revert import Reverted
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from blip2nb.display.explorer import Explorer
     from blip2nb.display.figures.style import Picture
     from blip2nb.families.captioners.inputs import Chosen, Paths
-    from blip2nb.models.break_it import Answer, Listing
     from blip2nb.sweeps.sweep import Sweep
     from blip2nb.trace.tape import Tape
 
@@ -611,8 +611,8 @@ def break_it(target: str | Path | Run, fault: str, where: str = "", seed: int = 
     Raises:
         RequestError: there is no such run, mistake or place, or no recording of LAVIS that fits the run.
     """
+    from blip2nb.catalogue.break_it import Bench
     from blip2nb.lavis_env import reference
-    from blip2nb.models.break_it import Bench
 
     run = _run_of(target)
     manifest = Manifest.read(run.model)
@@ -626,7 +626,7 @@ def break_it(target: str | Path | Run, fault: str, where: str = "", seed: int = 
 
 def faults() -> Listing:
     """The mistakes that `break_it` makes, as a table: name, kind, what is done wrong, and its likely cause."""
-    from blip2nb.models.break_it import Listing
+    from blip2nb.catalogue.break_it import Listing
 
     return Listing()
 

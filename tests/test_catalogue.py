@@ -18,16 +18,16 @@ from torch import nn
 
 import blip2nb
 from benchmarks.faults import drawn, pairs
+from blip2nb.catalogue import any_model, break_it
+from blip2nb.catalogue.any_model import Target, same_bits
+from blip2nb.catalogue.break_it import Expected, judge
 from blip2nb.conversion.files import open_source
 from blip2nb.errors import RequestError
 from blip2nb.lavis_env.reference import shipped_tape
-from blip2nb.models import break_it
-from blip2nb.models.break_it import Expected, judge
 from blip2nb.runs import Run
-from blip2nb.trace import Stage, compare, faults
+from blip2nb.trace import Stage, compare
 from blip2nb.trace.causes import CAUSES, Cause
 from blip2nb.trace.diagnose import Finding
-from blip2nb.trace.faults import Target, same_bits
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import variant
 
@@ -74,8 +74,8 @@ def test_every_fault_says_what_it_is():
 def test_a_live_model_is_as_it_was_afterwards_bit_for_bit(benches: Benches, name: str):
     model = benches(name).loaded.model
     before, weights = state(model), bits(model)
-    for fault in faults.CATALOGUE.values():
-        targets = faults.first_middle_last(fault.targets(model))
+    for fault in any_model.CATALOGUE.values():
+        targets = any_model.first_middle_last(fault.targets(model))
         for target in random.Random(fault.name).sample(targets, min(3, len(targets))):
             with fault.planted(model, target):
                 changed = {
@@ -148,7 +148,7 @@ def test_a_fault_in_the_inputs_is_in_what_the_model_is_called_with(benches: Benc
 
 def test_the_same_seed_plants_the_same_and_another_something_else(benches: Benches):
     parameters = dict(benches(OPT).loaded.model.named_parameters())
-    fault = faults.CATALOGUE["value_changed"]
+    fault = any_model.CATALOGUE["value_changed"]
     target = next(one for one in fault.targets(benches(OPT).loaded.model) if one.names[0].endswith("fc1.weight"))
     (first,), (again,), (other,) = (fault.changed(parameters, target, seed).values() for seed in (0, 0, 1))
     assert same_bits(first, again)
@@ -160,12 +160,12 @@ def test_a_fault_is_not_offered_where_it_changes_nothing():
     model[0].bias.zero_()
     model[0].weight.copy_(torch.eye(4))
     for name, there in (("bias_missing", "1"), ("bias_shifted", "1"), ("transposed", "1")):
-        assert [one.modules for one in faults.CATALOGUE[name].targets(model)] == [(there,)]
-    exact = [one.modules for one in faults.CATALOGUE["rounded_tensor"].targets(model) if one.form == "bfloat16"]
+        assert [one.modules for one in any_model.CATALOGUE[name].targets(model)] == [(there,)]
+    exact = [one.modules for one in any_model.CATALOGUE["rounded_tensor"].targets(model) if one.form == "bfloat16"]
     assert exact == [("1",), ("1",)]  # its weight and its bias; ones and zeros fit any dtype
     with (
         pytest.raises(ValueError, match="changes nothing"),
-        faults.CATALOGUE["bias_missing"].planted(model, Target(("0",), ("0.bias",))),
+        any_model.CATALOGUE["bias_missing"].planted(model, Target(("0",), ("0.bias",))),
     ):
         pass
 
@@ -200,7 +200,7 @@ def test_it_serves_a_model_of_ones_own():
         "norm_after",
         "weight_doubled",
     ):
-        fault = faults.CATALOGUE[name]
+        fault = any_model.CATALOGUE[name]
         for target in fault.targets(candidate):
             with fault.planted(candidate, target):
                 found = [stage.module for stage in compare(reference, candidate, stages, x).faults]

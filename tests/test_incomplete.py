@@ -20,10 +20,10 @@ from made_up import report as made_up_report
 from test_page import Read
 
 from blip2nb import api, trace
+from blip2nb.catalogue import break_it
 from blip2nb.display import overview, page, plots
 from blip2nb.errors import OutOfMemory, RequestError, memory_ran_out
 from blip2nb.families.captioners import huggingface, inputs
-from blip2nb.models import break_it
 from blip2nb.proof import knowledge
 from blip2nb.proof.verify import _not_judged, _parameters_of
 from blip2nb.report import FORMAT, Report

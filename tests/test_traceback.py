@@ -3,7 +3,7 @@
 import logging
 
 from blip2nb import cli
-from blip2nb.models.break_it import Bench, Broken
+from blip2nb.catalogue.break_it import Bench, Broken
 from blip2nb.proof import verify
 from blip2nb.weights import download
 

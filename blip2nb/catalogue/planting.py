@@ -58,7 +58,7 @@ class Fault:
         also: other answers that are as right, since they say the same of the numbers.
         where: model -> the places where it may fit.
         how: what it does there. Files: (tensors by name, target, generator), changing the tensors; code: (model,
-            target), a context manager. For the other kinds see `blip2nb.models.break_it`.
+            target), a context manager. For the other kinds see `blip2nb.catalogue.break_it`.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """A catalogue of the mistakes that ports are made of, each to be put into a model on purpose: for tests and teaching.
 
-    from blip2nb.trace import faults
+    from blip2nb.catalogue import any_model
 
-    fault = faults.CATALOGUE["qkv_swapped"]
+    fault = any_model.CATALOGUE["qkv_swapped"]
     target = fault.targets(model)[0]                      # where it fits, at any depth
     with fault.planted(model, target, seed=0):            # as it was again afterwards, bit for bit
         trace.compare(reference, model, stages, inputs)   # is it found there?
@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from blip2nb.trace import faults_in_code as code
-from blip2nb.trace import faults_in_files as files
-from blip2nb.trace.planting import Fault, Target, first_middle_last, same_bits
+from blip2nb.catalogue import in_code as code
+from blip2nb.catalogue import in_files as files
+from blip2nb.catalogue.planting import Fault, Target, first_middle_last, same_bits
 
 __all__ = ["CATALOGUE", "Fault", "Target", "catalogue", "first_middle_last", "same_bits"]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from blip2nb.trace.anatomy import (
+from blip2nb.catalogue.anatomy import (
     FUSED,
     LETTERS,
     Attention,
@@ -27,7 +27,7 @@ from blip2nb.trace.anatomy import (
     owners,
     token_tables,
 )
-from blip2nb.trace.planting import Target, Tensors
+from blip2nb.catalogue.planting import Target, Tensors
 
 _RELATIVE = "relative_attention_bias.weight"
 _POSITIONS = re.compile(r"(^|\.)(pos(ition)?_?emb\w*|embed_pos\w*)(\.weight)?$")

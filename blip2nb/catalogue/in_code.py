@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from blip2nb.trace.anatomy import (
+from blip2nb.catalogue.anatomy import (
     ACTIVATIONS,
     HEAD_WIDTH,
     HEADS,
@@ -26,8 +26,8 @@ from blip2nb.trace.anatomy import (
     output_layers,
     owner,
 )
-from blip2nb.trace.faults_in_files import qkv_pairs
-from blip2nb.trace.planting import Target
+from blip2nb.catalogue.in_files import qkv_pairs
+from blip2nb.catalogue.planting import Target
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Faults in a converted BLIP-2: planting those of the catalogue and its own, and marking what the kit says of them.
 
-    from blip2nb.models import break_it
+    from blip2nb.catalogue import break_it
 
     bench = break_it.Bench(run.model, tape)
     case = bench.case("head_count", "vision.block.02")
@@ -36,18 +36,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from blip2nb.catalogue import any_model
+from blip2nb.catalogue.anatomy import ACTIVATIONS, activations, attentions, norms
+from blip2nb.catalogue.any_model import Fault, Target, catalogue
 from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.configuration import IMAGE_MEAN, IMAGE_STD
 from blip2nb.families.captioners.stages import module_pairs, stages
 from blip2nb.proof import verify
 from blip2nb.report import Report, finite
-from blip2nb.trace import faults
-from blip2nb.trace.anatomy import ACTIVATIONS, activations, attentions, norms
 from blip2nb.trace.causes import CAUSES
 from blip2nb.trace.comparison import ARRIVAL_TOLERANCE, Comparison, compare
 from blip2nb.trace.diagnose import Finding, attribute_differences, repaired
-from blip2nb.trace.faults import Fault, Target, catalogue
 from blip2nb.trace.metrics import distance, exceeds
 from blip2nb.trace.tape import Tape
 from blip2nb.weights.convert import Manifest
@@ -872,7 +872,7 @@ def _input(name: str, words: str, cause: str, where: Callable, how: Change, *als
 _LENGTH = ("tokens",)
 
 # fmt: off
-CATALOGUE: Mapping[str, Fault] = faults.CATALOGUE | catalogue([
+CATALOGUE: Mapping[str, Fault] = any_model.CATALOGUE | catalogue([
     _configuration("eps_configured", "A tower's eps is another.",
                    "eps", _eps_settings),
     _configuration("activation_configured", "A tower's activation function is another.",
