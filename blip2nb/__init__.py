@@ -9,6 +9,7 @@ report = blip2nb.verify(run)
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; see _HOMES
+    from blip2nb._version import __version__ as __version__
     from blip2nb.api import break_it as break_it
     from blip2nb.api import capture as capture
     from blip2nb.api import check as check
@@ -28,14 +29,13 @@ if TYPE_CHECKING:  # for editors and type checkers; see _HOMES
     from blip2nb.api import sweep as sweep
     from blip2nb.api import verify as verify
     from blip2nb.conversion.files import which as which
+    from blip2nb.handles import Report as Report
+    from blip2nb.handles import Run as Run
     from blip2nb.notebook import check_notebook as check_notebook
     from blip2nb.notebook import show_source as show_source
-    from blip2nb.report import Report as Report
-    from blip2nb.runs import Run as Run
     from blip2nb.trace.tape import Tape as Tape
     from blip2nb.variants import variant as variant
 
-__version__ = "0.1.0"
 __all__ = [
     "Report",
     "Run",
@@ -61,6 +61,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "__version__": "_version",
     "break_it": "api",
     "capture": "api",
     "check": "api",
@@ -81,8 +82,8 @@ _HOMES = {
     "verify": "api",
     "check_notebook": "notebook",
     "show_source": "notebook",
-    "Report": "report",
-    "Run": "runs",
+    "Report": "handles",
+    "Run": "handles",
     "Tape": "trace.tape",
     "variant": "variants",
     "which": "conversion.files",

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from blip2nb.bars import progress_bar
 from blip2nb.errors import RequestError, memory_watched
-from blip2nb.report import Report
-from blip2nb.runs import Run, find_run, new_run, run_of_model
+from blip2nb.handles import Report, Run
+from blip2nb.report.manifest import Manifest
 from blip2nb.variants import Variant, variant
-from blip2nb.weights.convert import CASTS, Manifest
+from blip2nb.weights.convert import CASTS
 from blip2nb.weights.download import locate
 from blip2nb.weights.writer import parse_size
 
@@ -93,7 +93,7 @@ def convert(
     wanted = which(model, source)
     _check_dtype(dtype)
     parse_size(max_shard_size)
-    run = run_of_model(Path(output).expanduser()) if output else new_run(wanted.name, source, run_name, output_dir)
+    run = Run.of_model(Path(output).expanduser()) if output else Run.new(wanted.name, source, run_name, output_dir)
     token = _hub_token(push_to_hub)
     directory.check_place(run.model)
     opened = open_source(wanted, source, base)
@@ -162,7 +162,7 @@ def plan(
 
     wanted = which(model, source)
     _check_dtype(dtype)
-    run = run_of_model(Path(output).expanduser()) if output else new_run(wanted.name, source, run_name, output_dir)
+    run = Run.of_model(Path(output).expanduser()) if output else Run.new(wanted.name, source, run_name, output_dir)
     return preview(wanted, run.model, source, base, dtype, max_shard_size)
 
 
@@ -199,7 +199,7 @@ def _source_of(run: Run, source: str | Path = "", base: str | Path = "") -> Open
 
 
 def _run_of(target: str | Path | Run) -> Run:
-    return target if isinstance(target, Run) else find_run(target)
+    return target if isinstance(target, Run) else Run.find(target)
 
 
 def revert(target: str | Path | Run, output: str | Path, *, part: str = "trained", overwrite: bool = False) -> Reverted:
@@ -223,7 +223,7 @@ def revert(target: str | Path | Run, output: str | Path, *, part: str = "trained
 
 
 def _model_folder(path: Path) -> Path:
-    return path if (path / "config.json").is_file() else find_run(path).model
+    return path if (path / "config.json").is_file() else Run.find(path).model
 
 
 def _check_dtype(dtype: str, possible: Sequence[str] = tuple(CASTS)) -> None:
@@ -274,7 +274,7 @@ def capture(
 
     if isinstance(model, str):
         wanted = which(model, source)
-        run = new_run(wanted.name, source, run_name, output_dir)
+        run = Run.new(wanted.name, source, run_name, output_dir)
     else:
         run, wanted = model, variant(Manifest.read(model.model).model)
         source, base = source or run.source, base or run.base
@@ -386,7 +386,7 @@ def verify(
         command = reference.again(run, manifest, origin[0])
     _forget_another_models(run)
     with _steps("verify") as say:
-        report = prove(
+        proven = prove(
             run.model,
             found,
             command,
@@ -395,7 +395,8 @@ def verify(
             dtype=dtype,
             missing=reference.why_not_compared(proof, manifest),
         )
-    report.save(run.folder)
+    proven.save(run.folder)
+    report = Report(proven.content, proven.arrays)
     run.page.unlink(missing_ok=True)  # it would be an earlier report's, if drawing does not come to its end
     if figures:
         report.drawn.update(draw(run))
@@ -412,7 +413,7 @@ def _forget_another_models(run: Run) -> None:
     """Remove an earlier report, unless it is of the model as it stands. That one stays true if this verification is
     killed; any other would then pass for its result."""
     from blip2nb.proof.verify import state
-    from blip2nb.report import content_of
+    from blip2nb.report.store import content_of
 
     path = run.folder / "report.json"
     try:
@@ -452,7 +453,7 @@ def proven(
     from blip2nb.lavis_env import reference
 
     if run_name and not model and not source:
-        run = find_run(run_name, output_dir)
+        run = Run.find(run_name, output_dir)
     else:
         run = convert(model, source, base=base, run_name=run_name, output_dir=output_dir)
     if reference.report_holds(run, lavis_python):
@@ -478,7 +479,7 @@ def check_proof(
     from blip2nb.families.captioners import huggingface
 
     wanted = which(model, source)
-    recorded = new_run(wanted.name, source, run_name, output_dir).tape_path.is_file()
+    recorded = Run.new(wanted.name, source, run_name, output_dir).tape_path.is_file()
     shipped = not source and reference.shipped_tape(wanted).is_file()
     if proof == "both" and not recorded and not shipped:
         reference.require_lavis(lavis_python, wanted)

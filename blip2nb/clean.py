@@ -18,10 +18,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from blip2nb.errors import RequestError
-from blip2nb.runs import Run, outputs_folder
+from blip2nb.report.manifest import MANIFEST
+from blip2nb.report.runs import RunPaths, outputs_folder
 from blip2nb.sweeps.place import HIDDEN, RECORD
 from blip2nb.variants import RELEASED, variant
-from blip2nb.weights.convert import MANIFEST
 from blip2nb.weights.download import cache_folder, locate
 from blip2nb.weights.writer import JOURNAL
 
@@ -156,7 +156,7 @@ def remove(items: Iterable[Item]) -> int:
     return freed
 
 
-def remove_model(run: Run) -> None:
+def remove_model(run: RunPaths) -> None:
     """Remove a run's converted model and nothing else.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.exceptions import TyperException
 
-from blip2nb import __version__
+from blip2nb._version import __version__
 from blip2nb.errors import Blip2nbError, Diverges, OutOfMemory, RequestError, memory_ran_out, no_memory
 
 app = typer.Typer(
@@ -363,9 +363,9 @@ def verify(
     incomplete, which names what is missing and the command that completes the proof.
     """
     from blip2nb import api
-    from blip2nb.runs import find_run
+    from blip2nb.handles import Run
 
-    run = find_run(target)
+    run = Run.find(target)
     report = api.verify(
         run,
         proof=proof.value,
@@ -418,9 +418,9 @@ def show(
 ) -> None:
     """Print a run's verdict, the numbers behind it and where everything lies."""
     from blip2nb import api
-    from blip2nb.runs import find_run
+    from blip2nb.handles import Run
 
-    found = find_run(run)
+    found = Run.find(run)
     if as_json:
         _print_json(found.report.content)
         return
@@ -608,7 +608,7 @@ def _ask_to_remove(table: str) -> None:
 
 
 def _print_json(content: Any) -> None:
-    from blip2nb.report import finite
+    from blip2nb.report.store import finite
 
     print(json.dumps(finite(content), indent=1))
 

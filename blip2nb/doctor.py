@@ -10,7 +10,7 @@ import shutil
 from blip2nb import resources
 from blip2nb.lavis_env import kernels
 from blip2nb.lavis_env.environment import find_lavis
-from blip2nb.runs import outputs_folder
+from blip2nb.report.runs import outputs_folder
 from blip2nb.weights.download import cache_folder
 
 FLOORS = {"torch": "2.6", "torchvision": "0.0", "transformers": "5.15", "papermill": "2.6", "jupyterlab": "4.2"}

@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from blip2nb import api, cli
 from blip2nb.conversion.files import own_files
+from blip2nb.handles import Run
 from blip2nb.lavis_env.environment import find_lavis
-from blip2nb.runs import Run
 from blip2nb.variants import variant
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from transformers import AutoProcessor, Blip2ForConditionalGeneration
 
 from blip2nb.families.captioners.huggingface import Loaded, caption, forward_inputs
 from blip2nb.families.captioners.inputs import demo_images, texts
-from blip2nb.weights.convert import Manifest
+from blip2nb.report.manifest import Manifest
 
 # transformers 5 picks another image processor than was saved, unless it is told; 4.57 picks the one that was
 OPTIONS = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) >= 5 else {}

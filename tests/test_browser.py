@@ -24,7 +24,7 @@ from conftest import edit_weights
 
 from blip2nb import api
 from blip2nb.display import overview
-from blip2nb.runs import Run
+from blip2nb.handles import Run
 
 NUMBER = re.compile(r"\[\d+\]:")
 TWIN = "tiny-blip2-opt-2.7b"

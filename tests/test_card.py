@@ -22,11 +22,10 @@ from blip2nb import api
 from blip2nb.conversion.hub import CARD, FIGURE, README, is_edited, keep_card, sign, unsigned
 from blip2nb.display import card
 from blip2nb.families.captioners.inputs import demo_images
+from blip2nb.handles import Report, Run
 from blip2nb.lavis_env import reference
-from blip2nb.report import Report
-from blip2nb.runs import Run
+from blip2nb.report.manifest import Manifest
 from blip2nb.variants import VARIANTS
-from blip2nb.weights.convert import Manifest
 
 OPT = "tiny-blip2-opt-2.7b"
 SOMEBODY = "---\nlicense: mit\n---\n# Mine\n"

@@ -23,8 +23,8 @@ from blip2nb.catalogue.any_model import Target, same_bits
 from blip2nb.catalogue.break_it import Expected, judge
 from blip2nb.conversion.files import open_source
 from blip2nb.errors import RequestError
+from blip2nb.handles import Run
 from blip2nb.lavis_env.reference import shipped_tape
-from blip2nb.runs import Run
 from blip2nb.trace import Stage, compare
 from blip2nb.trace.causes import CAUSES, Cause
 from blip2nb.trace.diagnose import Finding

@@ -25,11 +25,11 @@ import blip2nb
 from blip2nb import api, clean
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners import huggingface
-from blip2nb.runs import Run, find_run, run_of_model
+from blip2nb.handles import Run
+from blip2nb.report.manifest import Manifest
 from blip2nb.sweeps.place import HIDDEN, RECORD
 from blip2nb.twins import write_twin
 from blip2nb.variants import variant
-from blip2nb.weights.convert import Manifest
 from blip2nb.weights.writer import JOURNAL
 
 Command = Callable[..., Outcome]
@@ -468,11 +468,11 @@ def test_finish_removes_the_model_and_show_says_so(model_copy: Callable[[str], R
 
 def test_a_model_beside_its_report_is_found_from_there(converted: Callable[[str], Run], tmp_path: Path):
     shutil.copytree(converted(TWIN).model, tmp_path / "named")
-    run = run_of_model(tmp_path / "named")
+    run = Run.of_model(tmp_path / "named")
     api.verify(run, proof="weights", figures=False)
-    assert find_run(tmp_path / "named") == find_run(tmp_path / "named-proof") == run
+    assert Run.find(tmp_path / "named") == Run.find(tmp_path / "named-proof") == run
     blip2nb.finish(run, keep_model=False)
-    assert find_run(tmp_path / "named") == find_run(tmp_path / "named-proof") == run
+    assert Run.find(tmp_path / "named") == Run.find(tmp_path / "named-proof") == run
     assert "removed" in api.show(run)
 
 
@@ -585,7 +585,7 @@ def test_the_stop_button_stops_a_conversion_and_the_same_cell_goes_on(tmp_path: 
     assert ended == ""
     assert "going on with an interrupted run: " in said
     assert not partial.exists()
-    run = find_run(tmp_path / TWIN)
+    run = Run.find(tmp_path / TWIN)
     assert huggingface.load(run.model).model.language_model.config.hidden_size == 512
     written = load_file(run.model / "model.safetensors")
     assert api.verify(run, proof="weights", figures=False)["weights"]["roundtrip"] is True

@@ -16,7 +16,7 @@ from conftest import Outcome, edit_weights
 
 import blip2nb
 from blip2nb.cli import app
-from blip2nb.runs import Run
+from blip2nb.handles import Run
 from blip2nb.twins import twin_tensors
 from blip2nb.variants import RELEASED, TWINS, VARIANTS, variant
 

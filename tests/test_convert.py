@@ -18,8 +18,8 @@ from blip2nb.conversion.files import own_files
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners.inputs import demo_image
 from blip2nb.families.captioners.mapping import entries
+from blip2nb.handles import Run
 from blip2nb.lavis_env import reference
-from blip2nb.runs import Run
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import TWINS, variant
 from blip2nb.weights.hashing import digest

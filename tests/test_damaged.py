@@ -19,7 +19,7 @@ from blip2nb import api
 from blip2nb.conversion.directory import check_model
 from blip2nb.conversion.files import open_source
 from blip2nb.errors import RequestError
-from blip2nb.runs import Run
+from blip2nb.handles import Run
 from blip2nb.variants import variant
 from blip2nb.weights.sources import open_file, open_folder
 

@@ -22,9 +22,9 @@ import blip2nb
 from blip2nb import api
 from blip2nb.display.difference import Difference, compare_reports
 from blip2nb.display.figures import two_runs
+from blip2nb.display.text import Note
 from blip2nb.errors import RequestError
-from blip2nb.report import Note, Report
-from blip2nb.runs import Run
+from blip2nb.handles import Report, Run
 
 OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"
 

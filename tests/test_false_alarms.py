@@ -12,9 +12,9 @@ import torch
 
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.stages import stages
+from blip2nb.handles import Run
 from blip2nb.lavis_env.reference import SHIPPED_TAPES
 from blip2nb.proof.verify import tape_images
-from blip2nb.runs import Run
 from blip2nb.trace.comparison import Comparison, compare
 from blip2nb.trace.metrics import THRESHOLD
 from blip2nb.trace.tape import Tape

@@ -20,8 +20,8 @@ from blip2nb import api
 from blip2nb.display import text
 from blip2nb.display.faults import MOST_GROUPS, Faults, grouped, outcome, said, size
 from blip2nb.display.figures import inside
-from blip2nb.report import INFINITE, Report
-from blip2nb.runs import Run
+from blip2nb.handles import Report, Run
+from blip2nb.report.store import INFINITE
 
 OPT = "tiny-blip2-opt-2.7b"
 EVIL = "<script>alert('1')</script> & <b>"

@@ -19,13 +19,13 @@ from blip2nb import api, twins
 from blip2nb.conversion.files import Opened, find_files, open_source, own_files
 from blip2nb.conversion.recognise import configured, told_by
 from blip2nb.families.captioners.mapping import POSITIONS
+from blip2nb.handles import Report, Run
 from blip2nb.lavis_env import kernels
 from blip2nb.lavis_env.environment import find_lavis
-from blip2nb.report import Report
-from blip2nb.runs import Run
+from blip2nb.report.manifest import Manifest
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import variant
-from blip2nb.weights.convert import Manifest, inverse_tensors
+from blip2nb.weights.convert import inverse_tensors
 from blip2nb.weights.sources import files_in, open_checkpoint
 from blip2nb.weights.stored import digest_of
 

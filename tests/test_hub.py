@@ -41,8 +41,7 @@ from blip2nb.conversion import hub as pushing
 from blip2nb.conversion.hub import CARD, FIGURE, README
 from blip2nb.display import card
 from blip2nb.errors import RequestError
-from blip2nb.report import Report
-from blip2nb.runs import Run
+from blip2nb.handles import Report, Run
 
 OPT = "tiny-blip2-opt-2.7b"
 TOKEN = "hf_SecretOfTheTestsThatNobodySees"

@@ -20,16 +20,16 @@ from blip2nb.errors import RequestError
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.inputs import choose, demo_image, read_texts
 from blip2nb.families.captioners.stages import stages
+from blip2nb.handles import Run
 from blip2nb.lavis_env import reference
 from blip2nb.proof import takes
 from blip2nb.proof.verify import tape_images
-from blip2nb.runs import Run
+from blip2nb.report.manifest import Manifest
 from blip2nb.trace.comparison import compare
 from blip2nb.trace.metrics import distance
 from blip2nb.trace.stage import places, places_inside
 from blip2nb.trace.tape import Tape, save_tape
 from blip2nb.variants import variant
-from blip2nb.weights.convert import Manifest
 
 OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"
 TEXTS = ["a photo of", "a red boat"]

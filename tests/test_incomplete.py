@@ -24,10 +24,10 @@ from blip2nb.catalogue import break_it
 from blip2nb.display import overview, page, plots
 from blip2nb.errors import OutOfMemory, RequestError, memory_ran_out
 from blip2nb.families.captioners import huggingface, inputs
+from blip2nb.handles import Report, Run
 from blip2nb.proof import knowledge
 from blip2nb.proof.verify import _not_judged, _parameters_of
-from blip2nb.report import FORMAT, Report
-from blip2nb.runs import Run
+from blip2nb.report.store import FORMAT
 from blip2nb.sweeps.sweep import Sweep
 from blip2nb.trace.comparison import Comparison
 from blip2nb.trace.diagnose import _Case

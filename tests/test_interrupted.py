@@ -24,7 +24,7 @@ from forks import Forks, Large, ended_midway, noted, one_sentence
 from blip2nb import api
 from blip2nb.conversion.directory import check_model
 from blip2nb.errors import RequestError
-from blip2nb.runs import Run
+from blip2nb.handles import Run
 from blip2nb.variants import variant
 from blip2nb.weights.writer import JOURNAL, clear_away, unfinished_directory
 

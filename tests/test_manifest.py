@@ -6,7 +6,7 @@ import json
 import pytest
 
 from blip2nb.errors import RequestError
-from blip2nb.weights.convert import FORMAT, MANIFEST, Manifest
+from blip2nb.report.manifest import FORMAT, MANIFEST, Manifest
 
 TWIN = "tiny-blip2-opt-2.7b"
 

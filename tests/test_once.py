@@ -19,9 +19,9 @@ from blip2nb import api
 from blip2nb.conversion.hub import FIGURE
 from blip2nb.display import narrow
 from blip2nb.display.figures.style import Picture
+from blip2nb.handles import Run
 from blip2nb.lavis_env.reference import SHIPPED_TAPES
 from blip2nb.proof import verify
-from blip2nb.runs import Run
 from blip2nb.trace.tape import Tape
 
 TWIN = "tiny-blip2-opt-2.7b"

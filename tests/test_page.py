@@ -23,7 +23,7 @@ from reading import Page
 from blip2nb import api
 from blip2nb.display import page, plots, text
 from blip2nb.families.captioners.mapping import entries
-from blip2nb.runs import Run
+from blip2nb.handles import Run
 from blip2nb.variants import variant
 
 TWIN = "tiny-blip2-opt-2.7b"

@@ -16,11 +16,11 @@ from blip2nb import api
 from blip2nb.conversion.files import own_files
 from blip2nb.families.captioners.huggingface import load
 from blip2nb.families.captioners.mapping import parameter_count
+from blip2nb.handles import Run
 from blip2nb.lavis_env import reference
-from blip2nb.runs import Run
+from blip2nb.report.manifest import Manifest
 from blip2nb.variants import RELEASED, TWINS, variant
 from blip2nb.weights import download
-from blip2nb.weights.convert import Manifest
 
 OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"
 Command = Callable[..., Outcome]

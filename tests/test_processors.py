@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from blip2nb.handles import Run
 from blip2nb.lavis_env.reference import shipped_tape
 from blip2nb.proof.takes import Measured
-from blip2nb.runs import Run
 from blip2nb.trace import Stage, compare, computing
 from blip2nb.trace.comparison import Comparison
 from blip2nb.trace.diagnose import repeated

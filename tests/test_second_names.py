@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from blip2nb import api
 from blip2nb.conversion.files import open_source
 from blip2nb.errors import RequestError
-from blip2nb.runs import Run
+from blip2nb.handles import Run
+from blip2nb.report.manifest import Manifest
 from blip2nb.variants import variant
-from blip2nb.weights.convert import Manifest
 from blip2nb.weights.sources import open_file
 
 OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"

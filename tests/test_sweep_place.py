@@ -7,11 +7,11 @@ import nbformat
 import papermill
 import pytest
 
+from blip2nb.handles import Report, Run
 from blip2nb.lavis_env.reference import completion
-from blip2nb.report import FORMAT, Report
-from blip2nb.runs import Run
+from blip2nb.report.manifest import Manifest
+from blip2nb.report.store import FORMAT
 from blip2nb.sweeps.place import HIDDEN, place, relocate
-from blip2nb.weights.convert import Manifest
 
 
 def run_in(folder):

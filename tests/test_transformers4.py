@@ -20,7 +20,7 @@ from run_converted import compute
 from safetensors.torch import load_file
 
 from blip2nb import api
-from blip2nb.runs import Run
+from blip2nb.handles import Run
 from blip2nb.variants import TWINS
 
 pytestmark = pytest.mark.extended

@@ -10,10 +10,10 @@ import pytest
 from blip2nb import api
 from blip2nb.display.text import describe, numbers, usage, verdict_html
 from blip2nb.errors import RequestError
+from blip2nb.handles import Report, Run
 from blip2nb.lavis_env import reference
 from blip2nb.proof.verify import _verdict
-from blip2nb.report import INFINITE, Report
-from blip2nb.runs import Run
+from blip2nb.report.store import INFINITE
 from blip2nb.variants import TWINS, variant
 
 OPT = "tiny-blip2-opt-2.7b"

@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from blip2nb.errors import RequestError
-from blip2nb.report import FORMAT, Report
-from blip2nb.runs import Run
+from blip2nb.handles import Report, Run
+from blip2nb.report.store import FORMAT
 from blip2nb.sweeps.leftovers import note_processes
 from blip2nb.whole import write_whole
 

@@ -15,7 +15,7 @@ from PIL import Image
 import blip2nb
 from blip2nb import trace
 from blip2nb.errors import RequestError
-from blip2nb.runs import Run
+from blip2nb.handles import Run
 
 EPS = "vision.post_layernorm"
 pytestmark = pytest.mark.usefixtures("lavis_begins_warm")

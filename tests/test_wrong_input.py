@@ -18,8 +18,8 @@ from conftest import Outcome, edit_weights, snapshot
 from blip2nb import api
 from blip2nb.conversion.files import own_files
 from blip2nb.errors import RequestError
+from blip2nb.handles import Run
 from blip2nb.lavis_env import reference
-from blip2nb.runs import Run
 from blip2nb.variants import variant
 
 OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"

@@ -43,14 +43,15 @@ from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.configuration import IMAGE_MEAN, IMAGE_STD
 from blip2nb.families.captioners.stages import module_pairs, stages
+from blip2nb.handles import Report
 from blip2nb.proof import verify
-from blip2nb.report import Report, finite
+from blip2nb.report.manifest import Manifest
+from blip2nb.report.store import finite
 from blip2nb.trace.causes import CAUSES
 from blip2nb.trace.comparison import ARRIVAL_TOLERANCE, Comparison, compare
 from blip2nb.trace.diagnose import Finding, attribute_differences, repaired
 from blip2nb.trace.metrics import distance, exceeds
 from blip2nb.trace.tape import Tape
-from blip2nb.weights.convert import Manifest
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,22 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from blip2nb import __version__
+from blip2nb._version import __version__
 from blip2nb.bars import progress_bar
 from blip2nb.conversion.files import Opened
 from blip2nb.conversion.hub import CARD, README, keep_card
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners.configuration import write_configuration
-from blip2nb.weights.convert import (
-    LOSSY,
-    MANIFEST,
-    Manifest,
-    check_weights,
-    file_hash,
-    source_digests,
-    target_slots,
-    write_weights,
-)
+from blip2nb.report.manifest import MANIFEST, Manifest
+from blip2nb.weights.convert import LOSSY, check_weights, file_hash, source_digests, target_slots, write_weights
 from blip2nb.weights.sources import Files, holds_weights
 from blip2nb.weights.stored import combine
 from blip2nb.weights.writer import JOURNAL, clear_away, unfinished_directory

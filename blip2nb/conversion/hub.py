@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2nb.errors import RequestError
-from blip2nb.weights.convert import Manifest
+from blip2nb.report.manifest import Manifest
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-    from blip2nb.runs import Run
+    from blip2nb.report.runs import RunPaths
 
 log = logging.getLogger("blip2nb")
 
@@ -136,7 +136,7 @@ def find_token(repository: str) -> str:
 # -- uploading
 
 
-def push(run: Run, repository: str, token: str = "", private: bool = False) -> str:
+def push(run: RunPaths, repository: str, token: str = "", private: bool = False) -> str:
     """Upload a run's model with its card: what the hub does not have yet, as one commit.
 
     Args:

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from blip2nb.conversion.hub import FIGURE, README, is_edited, sign
 from blip2nb.display import text
+from blip2nb.report.manifest import Manifest
 from blip2nb.variants import Variant, variant
-from blip2nb.weights.convert import Manifest
 
 if TYPE_CHECKING:
     from blip2nb.display.figures.style import Picture
-    from blip2nb.report import Report
-    from blip2nb.runs import Run
+    from blip2nb.report.runs import RunPaths
+    from blip2nb.report.store import ReportData
 
 log = logging.getLogger("blip2nb")
 
 _ACROSS = 896  # dots, about as wide as the hub shows a card
 
 
-def write(run: Run, figure: Picture | None = None) -> bool:
+def write(run: RunPaths, figure: Picture | None = None) -> bool:
     """Write the card of a run's model, and its figure where its report has one: whole, or not at all.
 
     Args:
@@ -69,7 +69,7 @@ def _put(folder: Path, wanted: Mapping[str, bytes]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _figure(report: Report, picture: Picture | None) -> bytes | None:
+def _figure(report: ReportData, picture: Picture | None) -> bytes | None:
     """The depth trace as a PNG of few colours; None where there is nothing to draw."""
     from PIL import Image
 
@@ -85,7 +85,7 @@ def _figure(report: Report, picture: Picture | None) -> bytes | None:
     return buffer.getvalue()
 
 
-def render(manifest: Manifest, report: Report | None = None) -> str:
+def render(manifest: Manifest, report: ReportData | None = None) -> str:
     """The card as Markdown with its metadata, signed.
 
     Args:
@@ -122,7 +122,7 @@ def _trained(manifest: Manifest) -> list[str]:
     return [name for name in manifest.checkpoints if name != variant(manifest.model).checkpoint]
 
 
-def _content(manifest: Manifest, found: Mapping[str, Any] | None, report: Report | None) -> dict[str, Any]:
+def _content(manifest: Manifest, found: Mapping[str, Any] | None, report: ReportData | None) -> dict[str, Any]:
     """What the template asks for. Names and hashes only: a card travels, and paths of this machine do not."""
     model, trained = manifest.model_variant, _trained(manifest)
     told = found or _untold(manifest)
@@ -152,7 +152,7 @@ def _content(manifest: Manifest, found: Mapping[str, Any] | None, report: Report
     }
 
 
-def _seen(report: Report | None) -> dict[str, Any]:
+def _seen(report: ReportData | None) -> dict[str, Any]:
     """What needs the figures' modules, which an unverified card does without."""
     if report is None:
         return {"alt": "", "figure": FIGURE, "meaning": [], "problems": []}

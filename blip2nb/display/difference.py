@@ -13,9 +13,9 @@ from typing import Any
 
 from blip2nb.display.figures.moves import SMALLEST_MOVE, Move
 from blip2nb.display.figures.words import as_count, as_number, as_percent, first_few, to_floats
-from blip2nb.display.text import VERDICTS
+from blip2nb.display.text import VERDICTS, Note
 from blip2nb.errors import RequestError
-from blip2nb.report import Note, Report
+from blip2nb.report.store import ReportData
 
 LOGITS = {
     "relative": ("relative error", as_number),
@@ -82,7 +82,7 @@ class Difference:
     """
 
     names: tuple[str, str]
-    reports: tuple[Report, Report] = dataclasses.field(compare=False)
+    reports: tuple[ReportData, ReportData] = dataclasses.field(compare=False)
     verdicts: tuple[str, str]
     first_wrong: tuple[str, str]
     moved: tuple[Move, ...]
@@ -203,7 +203,7 @@ class Difference:
         return {**shallow, "finding": self.finding}
 
 
-def compare_reports(one: Report, other: Report, names: tuple[str, str] = ("A", "B")) -> Difference:
+def compare_reports(one: ReportData, other: ReportData, names: tuple[str, str] = ("A", "B")) -> Difference:
     """Compare what two runs found, as far as both went.
 
     Args:

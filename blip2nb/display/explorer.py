@@ -11,11 +11,12 @@ import numpy as np
 from blip2nb.display import plots
 from blip2nb.display.faults import Faults
 from blip2nb.display.figures import inside, one_position
+from blip2nb.lavis_env import workbench
 from blip2nb.lavis_env.workbench import Sides
 from blip2nb.proof.evidence import heads_of
-from blip2nb.report import Report
-from blip2nb.runs import Run
-from blip2nb.weights.convert import Manifest
+from blip2nb.report.manifest import Manifest
+from blip2nb.report.runs import RunPaths
+from blip2nb.report.store import ReportData
 
 _VIEWS = {
     "errors over depth": "depth_trace",
@@ -50,7 +51,7 @@ class Explorer:
         tensors: both models' values at the chosen stage.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: RunPaths):
         """Raises RequestError: the run has no report, or its behaviour was not compared."""
         self.run, self.report = run, run.report
         self._variant = Manifest.read(run.model).model_variant
@@ -139,7 +140,7 @@ class Explorer:
         if change is None or change["owner"] is self.stage:
             self._open_fault()
         if change is None or change["owner"] in (self.stage, self.fed):
-            self.tensors = self.run.tensor(self.stage.value, self.fed.value)
+            self.tensors = workbench.tensor(self.run, self.stage.value, self.fed.value)
             self.token.unobserve(self._changed, "value")  # drawn once, below
             self.token.max = len(_flat(self.tensors.lavis)) - 1
             self.token.value = _worst_position(self.tensors)
@@ -211,7 +212,7 @@ def _worst_position(sides: Sides) -> int:
     return int(np.nan_to_num(errors, nan=np.inf).argmax())
 
 
-def _token(report: Report, stage: str, position: int) -> str:
+def _token(report: ReportData, stage: str, position: int) -> str:
     """What stands at a position of a stage, where that is known."""
     for part, texts in (report["sequences"] or {}).items():
         if stage.startswith(part) and position < len(texts):

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
-from blip2nb.report import INFINITE
+from blip2nb.report.store import INFINITE
 
 Fault = Mapping[str, Any]
 

@@ -57,9 +57,9 @@ def narrow_pictures(folder: Path) -> Iterator[Callable[[], dict[str, Shown]]]:
 def main() -> None:
     """What the process does: name -> picture on standard output."""
     from blip2nb.display import page, plots
-    from blip2nb.report import Report
+    from blip2nb.report.store import ReportData
 
-    report = Report.load(Path(sys.argv[1]))
+    report = ReportData.load(Path(sys.argv[1]))
     there = plots.available(report.content, report.arrays)
     drawn = {name: page.narrow(name, report.content, report.arrays) for name in there}
     json.dump({name: dataclasses.astuple(one) for name, one in drawn.items()}, sys.stdout)

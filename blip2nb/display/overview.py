@@ -25,7 +25,7 @@ from markupsafe import Markup
 from blip2nb.display import faults, templates
 from blip2nb.display.figures.depth import Depth
 from blip2nb.display.figures.words import as_count, as_number, as_percent, as_times, first_few
-from blip2nb.report import INFINITE, finite, lacking
+from blip2nb.report.store import INFINITE, finite, lacking
 from blip2nb.weights.convert import LOSSY
 from blip2nb.whole import write_whole
 

@@ -12,7 +12,7 @@ from blip2nb.display.faults import Faults, number
 from blip2nb.variants import variant
 
 if TYPE_CHECKING:
-    from blip2nb.runs import Run
+    from blip2nb.report.runs import RunPaths
 
 VERDICTS = {
     "match": "the same model",
@@ -22,7 +22,7 @@ VERDICTS = {
 }
 
 
-def describe(run: Run) -> str:
+def describe(run: RunPaths) -> str:
     """The verdict, the numbers behind it, and where things are. Raises RequestError when there is no report."""
     report = run.report.content
     lines = [f"{report['model_name']}: {report['verdict']} ({VERDICTS[report['verdict']]})", "", report["summary"], ""]
@@ -190,3 +190,12 @@ def verdict_html(report: Mapping[str, Any]) -> str:
         f"{html.escape(report['verdict'])}</strong> ({VERDICTS[report['verdict']]})"
         f"<p>{html.escape(report['summary'])}</p>{faults}<table>{rows}</table>{completion}</div>"
     )
+
+
+class Note(str):
+    """A sentence that shows itself as text in a notebook."""
+
+    def _repr_html_(self) -> str:
+        import html
+
+        return f"<p><em>{html.escape(self)}</em></p>"

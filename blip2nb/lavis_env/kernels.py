@@ -24,7 +24,7 @@ from blip2nb.families.captioners.mapping import Tied, entries
 from blip2nb.families.captioners.stages import parameter_pairs, stages, token_ids
 from blip2nb.lavis_env import sockets
 from blip2nb.lavis_env.environment import Lavis
-from blip2nb.runs import new_run
+from blip2nb.report.runs import RunPaths
 from blip2nb.trace.stage import places, places_inside
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant
@@ -160,7 +160,7 @@ def open_request(
     """
     if not request:
         model = which(model_name, source)
-        run = new_run(model.name, source, run_name, output_dir)
+        run = RunPaths.new(model.name, source, run_name, output_dir)
         opened = open_source(model, source, base)
         request = str(prepare(run.folder / "request", opened, source or model_name, device))
         return {**lavis.read_request(request), "output": str(run.tape_path)}
@@ -256,7 +256,7 @@ def _check_lengths(opened: Opened, chosen: inputs.Chosen) -> None:
 
 
 def _run_script(where: Lavis, folder: Path, progress: Callable[[str], None]) -> None:
-    """Run the recorder. It does not outlive this call, whatever ends it, nor this process: see attended.py."""
+    """RunPaths the recorder. It does not outlive this call, whatever ends it, nor this process: see attended.py."""
     command = [str(where.python), "attended.py", "record_lavis.py", "request.json"]
     variables = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     variables["TMPDIR"] = str(folder)  # so that all it leaves goes with the folder

@@ -12,12 +12,13 @@ from blip2nb.errors import RequestError
 from blip2nb.families.captioners.inputs import Chosen, demo_hash
 from blip2nb.families.captioners.stages import stages
 from blip2nb.lavis_env.environment import Lavis, find_lavis
-from blip2nb.report import Missing
-from blip2nb.runs import Run
+from blip2nb.report.manifest import Manifest
+from blip2nb.report.runs import RunPaths
+from blip2nb.report.store import Missing
 from blip2nb.trace.stage import places
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant
-from blip2nb.weights.convert import LOSSY, Manifest
+from blip2nb.weights.convert import LOSSY
 
 log = logging.getLogger("blip2nb")
 
@@ -29,12 +30,12 @@ def shipped_tape(model: Variant) -> Path:
     return SHIPPED_TAPES / f"{model.name}.safetensors"
 
 
-def images_tape(run: Run) -> Path:
+def images_tape(run: RunPaths) -> Path:
     """Where a run keeps its recording of images and texts of one's own: the last that were asked for."""
     return run.tape_path.with_name("tape-images.safetensors")
 
 
-def find_tape(run: Run, manifest: Manifest, chosen: Chosen | None = None) -> Tape | None:
+def find_tape(run: RunPaths, manifest: Manifest, chosen: Chosen | None = None) -> Tape | None:
     """The run's own recording or the kit's, whichever was made of these weights and inputs and holds every place.
 
     Args:
@@ -137,7 +138,7 @@ def require_lavis(lavis_python: str | Path, model: Variant) -> Lavis:
     return lavis
 
 
-def report_holds(run: Run, lavis_python: str | Path = "", chosen: Chosen | None = None) -> bool:
+def report_holds(run: RunPaths, lavis_python: str | Path = "", chosen: Chosen | None = None) -> bool:
     """Whether the run's report is of its model as it stands, by these versions, on the demo's inputs or those that were
     chosen, and as complete as it can be here."""
     from blip2nb.proof.verify import state, versions
@@ -167,7 +168,7 @@ def report_holds(run: Run, lavis_python: str | Path = "", chosen: Chosen | None 
     )
 
 
-def again(run: Run, manifest: Manifest, source: str | Path) -> str:
+def again(run: RunPaths, manifest: Manifest, source: str | Path) -> str:
     """The command that verifies a run once more, where something could not be judged."""
     words = ["blip2nb", "verify", str(run.model), "--proof", "both", "--output", str(run.folder)]
     if manifest.dtype in LOSSY:
@@ -175,7 +176,7 @@ def again(run: Run, manifest: Manifest, source: str | Path) -> str:
     return shlex.join(words)
 
 
-def completion(run: Run, manifest: Manifest, source: str | Path, base: str | Path = "") -> str:
+def completion(run: RunPaths, manifest: Manifest, source: str | Path, base: str | Path = "") -> str:
     """The commands that add the second proof to a run that has only the first."""
     words = ["blip2nb", "capture", manifest.model, *(["--source", str(source)] if source else [])]
     words += ["--base", str(base)] if base else []

@@ -25,13 +25,13 @@ from blip2nb.lavis_env import reference
 from blip2nb.lavis_env.environment import find_lavis
 from blip2nb.lavis_env.session import LavisModule, LavisSession
 from blip2nb.proof.verify import state, tape_images, versions
-from blip2nb.runs import Run
+from blip2nb.report.manifest import Manifest
+from blip2nb.report.runs import RunPaths
 from blip2nb.trace.comparison import compare
 from blip2nb.trace.metrics import distance
 from blip2nb.trace.stage import Stage
 from blip2nb.trace.step import Step, enter
 from blip2nb.trace.tape import Tape, save_tape
-from blip2nb.weights.convert import Manifest
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ class Sides:
         return f"<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{rows}</table>"
 
 
-def tensor(run: Run, name: str, fed: str = "own") -> Sides:
+def tensor(run: RunPaths, name: str, fed: str = "own") -> Sides:
     """Both models' values at a stage; see `Run.tensor`."""
     if fed not in FED:
         raise RequestError(f"fed should be one of {', '.join(FED)}, found {fed!r}.")
@@ -101,7 +101,7 @@ def tensor(run: Run, name: str, fed: str = "own") -> Sides:
     return Sides(name, fed, bench.tape[stage.reference].numpy(), held[key].numpy())
 
 
-def step(run: Run, name: str, lavis_python: str | Path = "") -> Step:
+def step(run: RunPaths, name: str, lavis_python: str | Path = "") -> Step:
     """Stand at a stage with both models live; see `Run.step`."""
     bench = workbench(run)
     stage = bench.stage(name)
@@ -113,7 +113,7 @@ def step(run: Run, name: str, lavis_python: str | Path = "") -> Step:
         raise RequestError(str(error)) from error
 
 
-_OPEN: dict[tuple[Run, str], Workbench] = {}
+_OPEN: dict[tuple[Path, Path, str], Workbench] = {}
 """The workbench in memory, by run and state of its model. One at a time: at full size there is no room for two."""
 
 
@@ -124,28 +124,28 @@ def release() -> None:
     _OPEN.clear()
 
 
-def workbench(run: Run) -> Workbench:
+def workbench(run: RunPaths) -> Workbench:
     """The run's workbench: the same one for as long as its model is as it was.
 
     Raises:
         RequestError: there is no converted model, or no recording of LAVIS that fits it.
     """
     manifest = Manifest.read(run.model)
-    key = (run, state(run.model))
+    key = (run.folder, run.model, state(run.model))
     if key not in _OPEN:
         release()
         tape = reference.find_tape(run, manifest)
         if tape is None:
             again = reference.completion(run, manifest, run.source, run.base) or f"blip2nb capture {manifest.model}"
             raise RequestError(f"There is no recording of LAVIS that fits {run.folder.name}. Make one: {again}")
-        _OPEN[key] = Workbench(run, key[1], manifest, tape)
+        _OPEN[key] = Workbench(run, key[-1], manifest, tape)
     return _OPEN[key]
 
 
 class Workbench:
     """What stays in memory between two looks at the same run."""
 
-    def __init__(self, run: Run, state: str, manifest: Manifest, tape: Tape):
+    def __init__(self, run: RunPaths, state: str, manifest: Manifest, tape: Tape):
         self.run, self.manifest, self.tape = run, manifest, tape
         self.stages = {stage.name: stage for stage in stages(manifest.model_variant)}
         source = tape.metadata["source_hash"]

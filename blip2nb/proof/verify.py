@@ -24,7 +24,8 @@ from blip2nb.families.captioners.mapping import MappingError, entries
 from blip2nb.families.captioners.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
 from blip2nb.proof import evidence, symptoms, takes
 from blip2nb.proof.knowledge import at_hand, before_the_cast, knowledge, knowledge_of_cast, made_again
-from blip2nb.report import FORMAT, Missing, Report
+from blip2nb.report.manifest import Manifest
+from blip2nb.report.store import FORMAT, Missing, ReportData
 from blip2nb.trace.causes import Cause
 from blip2nb.trace.comparison import Comparison, TableError, compare, compare_in_passing, faulty
 from blip2nb.trace.diagnose import (
@@ -41,7 +42,7 @@ from blip2nb.trace.metrics import compare_logits
 from blip2nb.trace.weights import kind_of
 from blip2nb.variants import Variant
 from blip2nb.weights import hashing, stored
-from blip2nb.weights.convert import LOSSY, Manifest, file_hash, inverse_of
+from blip2nb.weights.convert import LOSSY, file_hash, inverse_of
 from blip2nb.weights.sources import open_folder, shapes
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def verify(
     source: Callable[[], Opened | None] = lambda: None,
     dtype: str = "",
     missing: Missing = NO_RECORDING,
-) -> Report:
+) -> ReportData:
     """Prove a converted directory.
 
     Args:
@@ -130,7 +131,7 @@ def verify(
         content["complete_with"] = completion
     content |= _verdict(content)
     content["seconds"] = round(time.time() - started, 2)
-    return Report(content, arrays)
+    return ReportData(content, arrays)
 
 
 # -- the first proof
@@ -917,7 +918,7 @@ def versions() -> dict[str, str]:
 
     import transformers
 
-    from blip2nb import __version__
+    from blip2nb._version import __version__
 
     return {
         "blip2nb": __version__,

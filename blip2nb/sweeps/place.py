@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from blip2nb.errors import RequestError
-from blip2nb.runs import outputs_folder
+from blip2nb.report.runs import outputs_folder
 from blip2nb.sweeps.leftovers import end_leftovers
 from blip2nb.weights.writer import sync
 from blip2nb.whole import write_whole

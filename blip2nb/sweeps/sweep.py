@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2nb.errors import Diverges, RequestError
-from blip2nb.report import INCOMPLETE, content_of
+from blip2nb.report.store import INCOMPLETE, content_of
 from blip2nb.resources import cores
 from blip2nb.sweeps import worker
 from blip2nb.sweeps.asked import Asked

@@ -13,7 +13,7 @@ from blip2nb.display.figures.axes import add_legend, add_title, draw_dumbbells, 
 from blip2nb.display.figures.moves import SMALLEST_MOVE, Move
 from blip2nb.display.figures.style import FAULT, INK, MUTED, Arrays, Picture, Report, styled
 from blip2nb.display.figures.words import as_count, as_times, to_floats
-from blip2nb.report import INFINITE
+from blip2nb.report.store import INFINITE
 
 _DRAWN_STAGES = 20
 

@@ -30,7 +30,7 @@ from blip2nb.display.figures.axes import (
 from blip2nb.display.figures.depth import Depth, block_ticks, marker_size, part_lines, part_strip
 from blip2nb.display.figures.style import FAULT, INK, MUTED, ROUNDING, Arrays, Picture, Report, styled
 from blip2nb.display.figures.words import as_count, as_number, as_times, first_few, text_inches, to_floats, wrap_text
-from blip2nb.report import INFINITE
+from blip2nb.report.store import INFINITE
 
 
 def available(report: Report, arrays: Arrays) -> bool:

@@ -27,7 +27,7 @@ from blip2nb.display.figures.axes import (
 )
 from blip2nb.display.figures.style import FAULT, INK, Arrays, Picture, Report, styled
 from blip2nb.display.figures.words import as_count, as_times, first_few, text_inches, to_floats, wrap_text
-from blip2nb.report import INFINITE
+from blip2nb.report.store import INFINITE
 
 Fault = Mapping[str, Any]
 

@@ -20,7 +20,7 @@ from blip2nb.display import overview
 from blip2nb.display.figures.axes import draw_markers, legend_key, on_axis
 from blip2nb.display.figures.style import FAULT, HAIRLINE, HALO, INK, MUTED, Picture, style
 from blip2nb.display.figures.words import as_count, first_few, text_inches, tick_label, to_floats, wrap_text
-from blip2nb.report import INFINITE
+from blip2nb.report.store import INFINITE
 
 _MOST_ROWS = {True: 15, False: 8}
 """Runs that are drawn where the figure is wide, and where it is narrow: as many as fit on a page."""

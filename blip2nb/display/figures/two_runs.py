@@ -18,8 +18,8 @@ from blip2nb.display.difference import Difference, Move, compare_reports, excess
 from blip2nb.display.figures.axes import draw_dumbbells, legend_key, log_axis
 from blip2nb.display.figures.style import FAULT, HALO, INK, MUTED, Arrays, Picture, Report, style
 from blip2nb.display.figures.words import as_count, as_number, first_few, text_inches, wrap_text
-from blip2nb.report import INFINITE
-from blip2nb.report import Report as WholeReport
+from blip2nb.report.store import INFINITE
+from blip2nb.report.store import ReportData as WholeReport
 
 _DRAWN_STAGES = 20
 

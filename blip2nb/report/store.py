@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from blip2nb.errors import Diverges, RequestError
 from blip2nb.whole import write_whole
@@ -39,13 +39,11 @@ class Missing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """The content of report.json and of arrays.safetensors. Shows its verdict in a notebook."""
+class ReportData:
+    """The content of report.json and of arrays.safetensors."""
 
     content: Mapping[str, Any]
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
-    drawn: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
-    """Figures that are drawn already, by name. `figure` hands out each once and draws a new one from then on."""
 
     @property
     def verdict(self) -> str:
@@ -70,32 +68,6 @@ class Report:
     def __getitem__(self, name: str) -> Any:
         return self.content[name]
 
-    def __repr__(self) -> str:
-        command = self.content.get("complete_with")
-        more = f"\nTo complete the proof: {command}" if command else ""
-        return f"Report({self['model_name']}: {self.verdict})\n{self['summary']}{more}"
-
-    def _repr_html_(self) -> str:
-        from blip2nb.display.text import verdict_html
-
-        return verdict_html(self.content)
-
-    def figure(self, name: str, width: float = 7.0) -> Any:
-        """One of the figures (`plots.FIGURES` lists them), or a note where this report has no data for it.
-
-        Raises:
-            RequestError: there is no figure of that name.
-        """
-        from blip2nb.display import plots
-
-        if name not in plots.FIGURES:
-            raise RequestError(f"There is no figure {name!r}; there are {', '.join(plots.FIGURES)}.")
-        if name not in plots.available(self.content, self.arrays):
-            return Note(f"No picture of this ({name}): the report has nothing to draw it from. {self['summary']}")
-        if width == 7.0 and name in self.drawn:
-            return self.drawn.pop(name)
-        return plots.FIGURES[name](self.content, self.arrays, width=width)
-
     def save(self, folder: Path) -> Path:
         """Write report.json and arrays.safetensors into `folder`, each whole or not at all, and never one without the
         other. Returns the former."""
@@ -115,7 +87,7 @@ class Report:
         return text
 
     @classmethod
-    def load(cls, folder: Path) -> Report:
+    def load(cls, folder: Path) -> Self:
         """Read a run's report. Raises RequestError when there is none, or a damaged one."""
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
@@ -166,15 +138,6 @@ def lacking(content: Mapping[str, Any], proof: str = "auto") -> list[Mapping[str
     if content["verdict"] != "incomplete":
         return []
     return [one for one in content["incomplete"] if proof != "weights" or one["proof"] == "weights"]
-
-
-class Note(str):
-    """A sentence that shows itself as text in a notebook."""
-
-    def _repr_html_(self) -> str:
-        import html
-
-        return f"<p><em>{html.escape(self)}</em></p>"
 
 
 def finite(value: Any) -> Any:
