@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.synthetic import SIZES, Size
-from blip2nb.families.captioners.mapping import Tied, entries, parameter_count
+from blip2nb.families.captioners.mapping import entries, parameter_count
 from blip2nb.resources import free_memory
+from blip2nb.weights.rules import Tied
 
 MEMORY_FACTOR = 2.3  # of the model in float32: the dict, the model, and what saving takes
 

@@ -25,9 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from blip2nb.families.captioners.mapping import Drop, Tied, entries
+from blip2nb.families.captioners.mapping import entries
 from blip2nb.twins import FORMS, write_twin
 from blip2nb.variants import LanguageSizes, Variant, variant
+from blip2nb.weights.rules import Drop, Tied
 
 SHARD_BYTES = 10_000_000_000  # the largest file of the hub's language models
 PERIOD = 1_000_003  # values after which the noise repeats; prime, so that no shape lines up with it

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from blip2nb.families.captioners.mapping import Drop, Tied, entries
+from blip2nb.families.captioners.mapping import entries
 from blip2nb.variants import Variant
+from blip2nb.weights.rules import Drop, Tied
 from blip2nb.weights.writer import whole_directory
 
 REVISION = 1  # raise when the values or files of a twin change, so that cached ones are made again

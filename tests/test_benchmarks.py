@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from blip2nb import api
-from blip2nb.families.captioners.mapping import Tied, entries, variant_sources
+from blip2nb.families.captioners.mapping import entries, variant_sources
 from blip2nb.variants import TWINS, variant
+from blip2nb.weights.rules import Tied
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, Blip2ForConditionalGeneration, GenerationConfig
 
 from blip2nb import api
+from blip2nb.conversion.assemble import open_model
 from blip2nb.conversion.files import own_files
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners.inputs import demo_image
@@ -23,7 +24,7 @@ from blip2nb.lavis_env import reference
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import TWINS, variant
 from blip2nb.weights.hashing import digest
-from blip2nb.weights.sources import open_folder, open_model
+from blip2nb.weights.sources import open_folder
 
 Converted = Callable[[str], Run]
 OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"

@@ -44,5 +44,5 @@ def test_without_the_notebooks_a_sweep_says_what_is_missing_and_what_to_do(site,
 
 
 def test_runs_go_to_the_callers_folder_and_not_among_the_packages(site, tmp_path):
-    done = python(site, "-c", "from blip2nb.runs import outputs_folder; print(outputs_folder())", cwd=tmp_path)
+    done = python(site, "-c", "from blip2nb.report.runs import outputs_folder; print(outputs_folder())", cwd=tmp_path)
     assert done.stdout.strip() == str(tmp_path / "outputs")

@@ -12,18 +12,9 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, OPTConfig, 
 
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners.configuration import model_config
-from blip2nb.families.captioners.mapping import (
-    FuseQueryValueBias,
-    MappingError,
-    Rename,
-    entries,
-    plan,
-    recognise,
-    rules,
-    unused_by,
-    variant_sources,
-)
+from blip2nb.families.captioners.mapping import entries, plan, recognise, rules, unused_by, variant_sources
 from blip2nb.variants import RELEASED, VARIANTS, Variant, variant
+from blip2nb.weights.rules import FuseQueryValueBias, MappingError, Rename
 
 TWIN = variant("tiny-blip2-flan-t5-xl")
 REQUIRED = sorted(name for entry in entries(TWIN) if not entry.optional for name in entry.sources)

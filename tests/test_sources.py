@@ -13,12 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from blip2nb.conversion.assemble import lay_over, open_model
 from blip2nb.conversion.files import own_files
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners.mapping import entries
 from blip2nb.variants import TWINS, variant
 from blip2nb.weights.hashing import DTYPE_NAMES, digest
-from blip2nb.weights.sources import lay_over, open_file, open_folder, open_model, shapes
+from blip2nb.weights.sources import open_file, open_folder, shapes
 
 # one tensor of every dtype, and the shapes that are easily got wrong
 TENSORS = {f"one.{name}": torch.arange(12).reshape(3, 4).to(dtype) for dtype, name in DTYPE_NAMES.items()}

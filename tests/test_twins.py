@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from blip2nb.conversion.assemble import open_model
 from blip2nb.conversion.files import own_files
 from blip2nb.families.captioners.mapping import entries, plan
 from blip2nb.lavis_env.reference import SHIPPED_TAPES
@@ -21,7 +22,7 @@ from blip2nb.twins import FORMS, Form, twin_tensors
 from blip2nb.variants import RELEASED, TWINS, VARIANTS, variant
 from blip2nb.weights.convert import target_slots
 from blip2nb.weights.hashing import combine, digest
-from blip2nb.weights.sources import open_file, open_folder, open_model
+from blip2nb.weights.sources import open_file, open_folder
 from blip2nb.weights.stored import digest_of
 
 

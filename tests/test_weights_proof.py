@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from blip2nb import api
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners import mapping
-from blip2nb.families.captioners.mapping import FuseQueryValueBias, MappingError, Rename, Rule, Tied, entries, rules
+from blip2nb.families.captioners.mapping import entries, rules
 from blip2nb.handles import Run
 from blip2nb.lavis_env import reference
 from blip2nb.proof.verify import prove_weights
 from blip2nb.report.manifest import Manifest
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import TWINS, variant
+from blip2nb.weights.rules import FuseQueryValueBias, MappingError, Rename, Rule, Tied
 
 Converted = Callable[[str], Run]
 OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"

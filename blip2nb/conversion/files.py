@@ -10,22 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from blip2nb.conversion import trained_on
+from blip2nb.conversion.assemble import open_model
 from blip2nb.conversion.recognise import configured, told_by, with_language, with_sizes
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners.configuration import read_language_config
-from blip2nb.families.captioners.mapping import POSITIONS, Plan, check_part, plan
+from blip2nb.families.captioners.mapping import POSITIONS, check_part, plan
 from blip2nb.variants import Variant, variant
 from blip2nb.weights.download import cache_folder, locate, released_files
-from blip2nb.weights.sources import (
-    Assembled,
-    Files,
-    files_in,
-    holds_weights,
-    open_checkpoint,
-    open_file,
-    open_model,
-    shapes,
-)
+from blip2nb.weights.rules import Plan
+from blip2nb.weights.sources import Assembled, Files, files_in, holds_weights, open_checkpoint, open_file, shapes
 
 log = logging.getLogger("blip2nb")
 

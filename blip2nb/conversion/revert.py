@@ -12,10 +12,11 @@ from blip2nb.conversion.directory import free_space
 from blip2nb.conversion.preview import gigabytes
 from blip2nb.conversion.recognise import from_config
 from blip2nb.errors import RequestError
-from blip2nb.families.captioners.mapping import Entry, FuseQueryValueBias, entries
+from blip2nb.families.captioners.mapping import entries
 from blip2nb.report.manifest import MANIFEST, Manifest
 from blip2nb.variants import Variant
 from blip2nb.weights.checkpoint import write_checkpoint
+from blip2nb.weights.rules import Entry, FuseQueryValueBias
 from blip2nb.weights.sources import Source, open_folder
 from blip2nb.weights.stored import Stored
 

@@ -20,7 +20,7 @@ from blip2nb.conversion.directory import weights_hash
 from blip2nb.conversion.files import Opened, open_source, which
 from blip2nb.errors import OutOfMemory, RequestError, memory_ran_out, no_memory
 from blip2nb.families.captioners import configuration, inputs, lavis
-from blip2nb.families.captioners.mapping import Tied, entries
+from blip2nb.families.captioners.mapping import entries
 from blip2nb.families.captioners.stages import parameter_pairs, stages, token_ids
 from blip2nb.lavis_env import sockets
 from blip2nb.lavis_env.environment import Lavis
@@ -28,6 +28,7 @@ from blip2nb.report.runs import RunPaths
 from blip2nb.trace.stage import places, places_inside
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant
+from blip2nb.weights.rules import Tied
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 NOTEBOOK = _PACKAGE.parent / "notebooks" / "lavis.ipynb"

@@ -10,7 +10,7 @@ import torch
 
 from blip2nb.conversion.files import Opened
 from blip2nb.errors import RequestError, memory_ran_out
-from blip2nb.families.captioners.mapping import Entry, entries
+from blip2nb.families.captioners.mapping import entries
 from blip2nb.families.captioners.stages import parameter_pairs
 from blip2nb.report.manifest import Manifest
 from blip2nb.trace.diagnose import AttributeDifference, Known
@@ -19,6 +19,7 @@ from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant
 from blip2nb.weights.convert import LOSSY
 from blip2nb.weights.hashing import digest, digest_as
+from blip2nb.weights.rules import Entry
 from blip2nb.weights.sources import open_folder
 
 

@@ -20,7 +20,7 @@ import torch
 from blip2nb.conversion.hub import CARD
 from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.families.captioners import huggingface
-from blip2nb.families.captioners.mapping import MappingError, entries
+from blip2nb.families.captioners.mapping import entries
 from blip2nb.families.captioners.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, parameter_pairs, stages
 from blip2nb.proof import evidence, symptoms, takes
 from blip2nb.proof.knowledge import at_hand, before_the_cast, knowledge, knowledge_of_cast, made_again
@@ -43,6 +43,7 @@ from blip2nb.trace.weights import kind_of
 from blip2nb.variants import Variant
 from blip2nb.weights import hashing, stored
 from blip2nb.weights.convert import LOSSY, file_hash, inverse_of
+from blip2nb.weights.rules import MappingError
 from blip2nb.weights.sources import open_folder, shapes
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from blake3 import blake3
 from isal import isal_zlib
 
 from blip2nb.errors import RequestError
-from blip2nb.families.captioners.mapping import Entry, MappingError, Plan
 from blip2nb.report.manifest import FORMAT, MANIFEST, Manifest
+from blip2nb.weights.rules import Entry, MappingError, Plan
 from blip2nb.weights.sources import Alias, Assembled, open_folder
 from blip2nb.weights.stored import (
     PAGE,
