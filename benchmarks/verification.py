@@ -29,6 +29,8 @@ from blip2nb import api
 from blip2nb.families.captioners import huggingface
 from blip2nb.lavis_env.reference import SHIPPED_TAPES
 from blip2nb.proof import verify
+from blip2nb.proof.captions import LONGEST, MODES
+from blip2nb.proof.subject import Subject
 from blip2nb.trace.precision import widened
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import variant
@@ -87,15 +89,15 @@ def _parts(
             loaded.model(**{name: _wide(value) for name, value in inputs.items()})
 
     def captions() -> None:
-        for options in verify.CAPTION_MODES.values():
-            huggingface.caption(loaded, images, tape.metadata["prompt"], max_new_tokens=30, **options)
+        for options in MODES.values():
+            huggingface.caption(loaded, images, tape.metadata["prompt"], max_new_tokens=LONGEST, **options)
 
     return {
         "float32": float32,
         "float64": float64,
         "captions": captions,
         "loading": lambda: huggingface.load(folder),
-        "verification": lambda: verify.verify(folder, tape),
+        "verification": lambda: verify.verify(Subject(folder, tape)),
     }
 
 

@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from blip2nb.errors import RequestError
 from blip2nb.report.manifest import MANIFEST
+from blip2nb.report.outputs import ItemRow
 from blip2nb.report.runs import RunPaths, outputs_folder
 from blip2nb.sweeps.place import HIDDEN, RECORD
 from blip2nb.variants import RELEASED, variant
@@ -68,9 +69,10 @@ class Item:
     locks: tuple[Path, ...] = ()
     kept: str = ""
 
-    def as_dict(self) -> dict[str, object]:
-        paths = [str(path) for path in self.paths]
-        return {"name": self.name, "what": self.what, "bytes": self.size, "paths": paths, "kept": self.kept}
+    @property
+    def row(self) -> ItemRow:
+        """The same as --json prints it."""
+        return ItemRow(self.name, self.what, self.size, tuple(map(str, self.paths)), self.kept)
 
 
 def survey(output_dir: str | Path = "") -> list[Item]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import platform
 import shutil
@@ -10,6 +9,7 @@ import shutil
 from blip2nb import resources
 from blip2nb.lavis_env import kernels
 from blip2nb.lavis_env.environment import find_lavis
+from blip2nb.report.outputs import MachineFinding
 from blip2nb.report.runs import outputs_folder
 from blip2nb.weights.download import cache_folder
 
@@ -17,32 +17,20 @@ FLOORS = {"torch": "2.6", "torchvision": "0.0", "transformers": "5.15", "papermi
 """The lowest versions that work, as pyproject.toml has them."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One thing looked at. `required` ones decide the exit status; the others only limit what can be done."""
-
-    what: str
-    found: str
-    fine: bool
-    required: bool = False
-    advice: str = ""
-
-    def as_dict(self) -> dict[str, object]:
-        return dataclasses.asdict(self)
-
-
-def examine(lavis_python: str = "") -> list[Finding]:
+def examine(lavis_python: str = "") -> list[MachineFinding]:
     """Look at everything the kit needs. Takes some seconds where LAVIS is installed, since it is imported."""
     return [_python(), *_packages(), _lavis(lavis_python), _disk(), _memory(), _cache()]
 
 
-def _python() -> Finding:
+def _python() -> MachineFinding:
     found = platform.python_version()
     fine = tuple(int(part) for part in found.split(".")[:2]) >= (3, 11)
-    return Finding("Python", found, fine, required=True, advice="" if fine else "Python 3.11 or newer is needed.")
+    return MachineFinding(
+        "Python", found, fine, required=True, advice="" if fine else "Python 3.11 or newer is needed."
+    )
 
 
-def _packages() -> list[Finding]:
+def _packages() -> list[MachineFinding]:
     out = []
     for name, floor in FLOORS.items():
         try:
@@ -51,15 +39,17 @@ def _packages() -> list[Finding]:
         except importlib.metadata.PackageNotFoundError:
             found, fine = "not installed", False
         out.append(
-            Finding(name, found, fine, required=True, advice="" if fine else "Run `make setup` or pip install -e .")
+            MachineFinding(
+                name, found, fine, required=True, advice="" if fine else "Run `make setup` or pip install -e ."
+            )
         )
     return out
 
 
-def _lavis(lavis_python: str) -> Finding:
+def _lavis(lavis_python: str) -> MachineFinding:
     lavis = find_lavis(lavis_python)
     if lavis is None:
-        return Finding(
+        return MachineFinding(
             "LAVIS", "no environment found", False, advice="`make lavis` makes one; needed for new recordings alone."
         )
     versions = kernels.check(lavis.python, ["lavis=salesforce-lavis", "torch=torch", "transformers=transformers"])
@@ -68,10 +58,10 @@ def _lavis(lavis_python: str) -> Finding:
     advice = (
         "" if fine else f"Try {lavis.python} -c 'import lavis' and read the error; `make lavis` makes a working one."
     )
-    return Finding("LAVIS", f"{lavis.python} ({found})", fine, advice=advice)
+    return MachineFinding("LAVIS", f"{lavis.python} ({found})", fine, advice=advice)
 
 
-def _disk() -> Finding:
+def _disk() -> MachineFinding:
     folder = outputs_folder()
     place = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(place).free
@@ -79,15 +69,15 @@ def _disk() -> Finding:
     advice = (
         "" if fine else "A full-size conversion writes 8 to 25 GB beside what it reads; use an output on another disk."
     )
-    return Finding("disk", f"{free / 1e9:.0f} GB free at {place}", fine, advice=advice)
+    return MachineFinding("disk", f"{free / 1e9:.0f} GB free at {place}", fine, advice=advice)
 
 
-def _memory() -> Finding:
+def _memory() -> MachineFinding:
     free = resources.free_memory()
     advice = "" if free > 17e9 else "Conversion is fine; running blip2-opt-2.7b in float32 takes 15 GB."
-    return Finding("memory", f"{free / 1e9:.0f} GB available", free > 2e9, advice=advice)
+    return MachineFinding("memory", f"{free / 1e9:.0f} GB available", free > 2e9, advice=advice)
 
 
-def _cache() -> Finding:
+def _cache() -> MachineFinding:
     folder = cache_folder()
-    return Finding("cache", str(folder) + ("" if folder.exists() else " (not made yet)"), True)
+    return MachineFinding("cache", str(folder) + ("" if folder.exists() else " (not made yet)"), True)

@@ -10,6 +10,7 @@ import html
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blip2nb.display.difference import ReportDifference
 from blip2nb.errors import RequestError
 from blip2nb.report.runs import RunPaths
 from blip2nb.report.store import ReportData
@@ -28,9 +29,9 @@ class Report(ReportData):
     """Figures that are drawn already, by name. `figure` hands out each once and draws a new one from then on."""
 
     def __repr__(self) -> str:
-        command = self.content.get("complete_with")
+        command = self.content.complete_with
         more = f"\nTo complete the proof: {command}" if command else ""
-        return f"Report({self['model_name']}: {self.verdict})\n{self['summary']}{more}"
+        return f"Report({self.content.model_name}: {self.verdict})\n{self.content.summary}{more}"
 
     def _repr_html_(self) -> str:
         from blip2nb.display.text import verdict_html
@@ -49,7 +50,7 @@ class Report(ReportData):
         if name not in plots.FIGURES:
             raise RequestError(f"There is no figure {name!r}; there are {', '.join(plots.FIGURES)}.")
         if name not in plots.available(self.content, self.arrays):
-            return Note(f"No picture of this ({name}): the report has nothing to draw it from. {self['summary']}")
+            return Note(f"No picture of this ({name}): the report has nothing to draw it from. {self.content.summary}")
         if width == 7.0 and name in self.drawn:
             return self.drawn.pop(name)
         return plots.FIGURES[name](self.content, self.arrays, width=width)
@@ -130,3 +131,43 @@ class Run(RunPaths):
             for word, path in places.items()
         )
         return f"<strong>Run {html.escape(self.folder.name)}</strong><table>{rows}</table>"
+
+
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Difference(ReportDifference):
+    """What is different between two runs, A and B, with a picture of it."""
+
+    def figure(self, width: float = 7.0) -> Any:
+        """The comparison as a picture, or a note where a run's behaviour was not compared.
+
+        Args:
+            width: inches.
+        """
+        from blip2nb.display.figures import two_runs
+        from blip2nb.display.text import Note
+
+        if not two_runs.available(self):
+            return Note(f"No picture of this: {self.finding}.")
+        return two_runs.draw(self, width)
+
+    def draw(self, path: str | Path, width: float = 7.0) -> Path:
+        """Write the picture to a .png, .svg or .pdf file, with its alt text in it, and return the path.
+
+        Raises:
+            RequestError: the name ends otherwise, its folder is not there, or there is nothing to draw.
+        """
+        from blip2nb.display.plots import save_picture
+        from blip2nb.display.text import Note
+
+        path = Path(path).expanduser()
+        if path.suffix not in _PICTURES:
+            raise RequestError(f"A picture's file should end with {', '.join(_PICTURES)}, found {path.name!r}.")
+        if not path.parent.is_dir():
+            raise RequestError(f"{path.parent} is no folder: make it first, or give another place for the picture.")
+        picture = self.figure(width)
+        if isinstance(picture, Note):
+            raise RequestError(f"{picture} {path} was not written.")
+        return save_picture(picture, path, "two_runs", picture.alt)

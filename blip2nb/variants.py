@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
-from typing import Any
 
 from blip2nb.errors import RequestError
+from blip2nb.forms import record
 
 
-@dataclasses.dataclass(frozen=True)
+@record
 class VisionSizes:
     """EVA-CLIP's ViT-g as LAVIS builds it. `mlp` is what LAVIS's ratio of 4.3637 makes of `width`."""
 
@@ -25,7 +24,7 @@ class VisionSizes:
     patch: int = 14
 
 
-@dataclasses.dataclass(frozen=True)
+@record
 class QFormerSizes:
     """The Q-Former: bert-base with cross-attention in every second layer and learned queries."""
 
@@ -37,7 +36,7 @@ class QFormerSizes:
     cross_every: int = 2
 
 
-@dataclasses.dataclass(frozen=True)
+@record
 class LanguageSizes:
     """The language model. `kind` is "opt" or "t5"; `head_width` and `buckets` matter to T5, `positions` to OPT."""
 
@@ -52,7 +51,7 @@ class LanguageSizes:
     positions: int = 2048
 
 
-@dataclasses.dataclass(frozen=True)
+@record
 class Variant:
     """One model: what it is called, how LAVIS builds it, which files hold it, and every size.
 
@@ -165,12 +164,6 @@ def _table() -> dict[str, Variant]:
 VARIANTS: dict[str, Variant] = _table()
 RELEASED: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if not variant.twin)
 TWINS: tuple[str, ...] = tuple(name for name, variant in VARIANTS.items() if variant.twin)
-
-
-def variant_of(fields: Mapping[str, Any]) -> Variant:
-    """The variant that `dataclasses.asdict` was called on."""
-    parts = {"vision": VisionSizes, "qformer": QFormerSizes, "language": LanguageSizes}
-    return Variant(**{name: parts[name](**value) if name in parts else value for name, value in fields.items()})
 
 
 def variant(name: str) -> Variant:

@@ -15,8 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from records import content
 
 from blip2nb.display import plots
+from blip2nb.report.schema import Content
 
 THRESHOLD = 3.0
 WIDTHS = (7.0, 3.4)
@@ -262,14 +264,14 @@ def by_stage(report: dict[str, Any], rng: np.random.Generator) -> dict[str, np.n
 
 def looking_at(
     ours: np.ndarray, residual: np.ndarray, fault: bool = True, **about: Any
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> tuple[Content, dict[str, np.ndarray]]:
     """A report, and its arrays, that look at these values of LAVIS and transformers' differences to them."""
     value = report(faults={"vision.block.02": 41.0} if fault else None)
     value["examined"] = {
         "stage": "vision.block.02", "heads": None, "channels": ours.shape[1], "channel_step": 1, **about
     }  # fmt: skip
     with np.errstate(invalid="ignore"):
-        return value, {"examined/lavis": ours, "examined/transformers": ours + residual}
+        return content(value), {"examined/lavis": ours, "examined/transformers": ours + residual}
 
 
 FULL = (39, 12, 32)
@@ -292,7 +294,7 @@ ARRAYS = ARRAYS_OF["fault"]
 
 @functools.cache
 def drawn(name: str, case: str = "pass", width: float = 7.0) -> Figure:
-    picture = plots.FIGURES[name](REPORTS[case], ARRAYS_OF[case], width)
+    picture = plots.FIGURES[name](content(REPORTS[case]), ARRAYS_OF[case], width)
     picture.set_dpi(150)
     FigureCanvasAgg(picture).draw()
     return picture

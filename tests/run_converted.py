@@ -31,7 +31,7 @@ def compute(folder: Path, dtype: str) -> tuple[dict[str, torch.Tensor], dict[str
     Args:
         dtype: what to load the weights as, by its name in PyTorch; "auto" for what config.json says.
     """
-    variant = Manifest.read(folder).model_variant
+    variant = Manifest.read(folder).variant
     model, info = Blip2ForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, local_files_only=True
     )

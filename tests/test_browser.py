@@ -21,6 +21,7 @@ import psutil
 import pytest
 from browser import ROOT, Watched
 from conftest import edit_weights
+from records import raw
 
 from blip2nb import api
 from blip2nb.display import overview
@@ -254,7 +255,9 @@ def pages(sound: Run, broken: Run, tmp_path_factory: pytest.TempPathFactory) -> 
         name = run.folder.name
         shutil.copytree(run.folder, folder / name, ignore=shutil.ignore_patterns("model"))
         report = run.report.content
-        entries.append(overview.summarise(outcome(name, name, 20 + number) | {"verdict": report["verdict"]}, report))
+        entries.append(
+            overview.summarise(outcome(name, name, 20 + number) | {"verdict": raw(report)["verdict"]}, report)
+        )
     said = {"error": "RequestError: no such dtype.", "traceback": "Traceback\n  convert\nRequestError: no such dtype."}
     entries.append(overview.summarise(outcome("float8", "float8--failed", 3) | {"state": "failed", **said}))
     for name, text in overview.texts(overview.index(entries)).items():

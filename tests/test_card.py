@@ -189,7 +189,7 @@ def test_it_names_no_folder_of_this_machine_and_no_time(run: Run, reports: dict[
         assert str(place) not in text
     assert not re.search(r"(?<![\w.:/])/(?!/)\w+/", re.sub(r"https://\S+", "", text)), "a path"
     assert "mtime" not in text
-    assert str(Manifest.read(run.model).files[0]["mtime_ns"]) not in text
+    assert str(Manifest.read(run.model).files[0].mtime_ns) not in text
 
 
 # -- whose it is

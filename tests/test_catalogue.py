@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import snapshot
+from records import raw
 from safetensors import safe_open
 from torch import nn
 
@@ -267,7 +268,7 @@ def test_an_answer_shows_what_was_planted_and_what_was_said(benches: Benches, na
     for text in (repr(answer), answer._repr_html_()):
         for word in (*answer.rows()[1], "head_count", "vision.block.02", "Stage, module and cause are right."):
             assert word in text
-    assert answer.report["first_divergence"]["stage"] == "vision.block.02"
+    assert raw(answer.report)["first_divergence"]["stage"] == "vision.block.02"
 
 
 def test_what_no_output_depends_on_is_visible_in_the_weights(benches: Benches):

@@ -17,21 +17,21 @@ from made_up import REPORTS, WIDTHS, marked, report, texts, title
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from records import content, raw
 
 import blip2nb
 from blip2nb import api
-from blip2nb.display.difference import Difference, compare_reports
 from blip2nb.display.figures import two_runs
 from blip2nb.display.text import Note
 from blip2nb.errors import RequestError
-from blip2nb.handles import Report, Run
+from blip2nb.handles import Difference, Report, Run
 
 OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"
 
 
 def compared(one: str | dict[str, Any], other: str | dict[str, Any]) -> Difference:
     sides = [REPORTS[side] if isinstance(side, str) else side for side in (one, other)]
-    return compare_reports(*(Report(side) for side in sides))
+    return Difference.of(*(Report(content(side)) for side in sides))
 
 
 def in_one_line(picture: Figure) -> str:
@@ -173,7 +173,7 @@ def altered(one: Run, other: Run) -> set[str]:
 
 def test_a_cast_moves_exactly_the_stages_whose_tensors_it_altered(shipped: Run, halved: Run) -> None:
     found = blip2nb.diff(shipped, halved)
-    modules = {stage["name"]: stage["module"] for stage in shipped.report["stages"] if not stage["junction"]}
+    modules = {stage["name"]: stage["module"] for stage in raw(shipped.report)["stages"] if not stage["junction"]}
     names = altered(shipped, halved)
     touched = [stage for stage, module in modules.items() if any(name.startswith(f"{module}.") for name in names)]
     assert 0 < len(touched) < len(modules)
@@ -282,7 +282,7 @@ PAIRS = [
 
 
 def pictured(one: str, other: str, width: float = 7.0) -> Figure:
-    picture = two_runs.draw(REPORTS[one], {}, REPORTS[other], {}, width)
+    picture = two_runs.draw(compared(one, other), width)
     picture.set_dpi(150)
     FigureCanvasAgg(picture).draw()
     return picture
@@ -336,7 +336,7 @@ def test_many_moves_are_the_largest_ones_and_the_rest_is_counted() -> None:
     value = report("t5", (39, 12, 24))
     for number, stage in enumerate(stage for stage in value["stages"] if not stage["junction"]):
         stage["excess"] = 10.0 + number
-    picture = two_runs.draw(REPORTS["full T5"], {}, value, {})
+    picture = two_runs.draw(compared("full T5", value))
     axes = next(axes for axes in picture.axes if axes.get_xlabel())
     drawn = [label.get_text() for label in axes.get_yticklabels()]
     every = [move.stage for move in compared("full T5", value).moved]
@@ -375,15 +375,15 @@ def _visible(picture: Figure) -> list[Any]:
 
 
 def test_alt_text_and_table_hold_the_numbers() -> None:
-    given = (REPORTS["pass"], {}, REPORTS["fault"], {})
-    words = two_runs.alt_text(*given)
+    given = compared("pass", "fault")
+    words = two_runs.alt_text(given)
     assert "vision.post_layernorm" in words
     assert "12.7 ×" in words
     assert "19 stages" in words
     assert words.endswith(".")
     assert "\n" not in words
-    rows = two_runs.table(*given)
+    rows = two_runs.table(given)
     assert [row["stage"] for row in rows if row["moved"]] == ["vision.post_layernorm"]
     assert [row["a"] for row in rows] == [s["excess"] for s in REPORTS["pass"]["stages"] if not s["junction"]]
-    alone = [row for row in two_runs.table(REPORTS["full T5"], {}, REPORTS["full"], {}) if row["b"] is None]
+    alone = [row for row in two_runs.table(compared("full T5", "full")) if row["b"] is None]
     assert alone[0]["stage"] == "language.encoder.position_bias"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -15,25 +16,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_up import REPORTS, fault_at, texts
 from PIL import Image
+from records import content, raw, record
 
 from blip2nb import api
 from blip2nb.display import text
 from blip2nb.display.faults import MOST_GROUPS, Faults, grouped, outcome, said, size
 from blip2nb.display.figures import inside
+from blip2nb.forms import INFINITE
 from blip2nb.handles import Report, Run
-from blip2nb.report.store import INFINITE
+from blip2nb.report.schema import Fault
 
 OPT = "tiny-blip2-opt-2.7b"
 EVIL = "<script>alert('1')</script> & <b>"
 
 
-def fault(number: int = 0, part: str = "norm", tower: str = "vision_model", **about: Any) -> dict[str, Any]:
+def fault(number: int = 0, part: str = "norm", tower: str = "vision_model", **about: Any) -> Fault:
     measured = {"local_error": 2.6e-5, "rounding": 1e-7, "excess": 41.0}
     stage = {"name": f"vision.block.{number:02d}", "module": f"{tower}.encoder.layers.{number}", **measured}
-    return fault_at(stage, part) | about
+    return record(Fault, fault_at(stage, part) | about)
 
 
-def blamed(id: str, module: str, words: str = "something", **about: Any) -> dict[str, Any]:
+def blamed(id: str, module: str, words: str = "something", **about: Any) -> Fault:
     """A fault of one cause that was not tried."""
     cause = {"id": id, "words": words, "module": module, "evidence": "", "counter_test": None}
     return fault(module=module.rpartition(".")[0], causes=[cause], **about)
@@ -45,7 +48,7 @@ def blamed(id: str, module: str, words: str = "something", **about: Any) -> dict
 def test_one_cause_in_every_layer_is_one_group() -> None:
     (one,) = grouped([fault(n) for n in range(12)])
     assert one.words_with_more == "eps is 1e-05, the reference has 1e-06 … and in 11 more places"
-    assert (one.first["stage"], len(one.faults)) == ("vision.block.00", 12)
+    assert (one.first.stage, len(one.faults)) == ("vision.block.00", 12)
     assert grouped([fault(3)])[0].words_with_more == "eps is 1e-05, the reference has 1e-06"
 
 
@@ -69,7 +72,7 @@ def test_no_fault_is_lost_and_their_order_is_kept(made: list[tuple[str, str, int
     assert sorted(n for group in order for n in group) == list(range(len(found)))
     assert all(group == sorted(group) for group in order)
     assert [group[0] for group in order] == sorted(group[0] for group in order)
-    assert all(len({one["causes"][0]["id"] for one in group.faults}) == 1 for group in groups)
+    assert all(len({one.causes[0].id for one in group.faults}) == 1 for group in groups)
 
 
 # -- the words
@@ -93,26 +96,27 @@ def test_a_fault_says_how_large_it_is(about: dict[str, Any], words: str) -> None
 
 
 def test_a_counter_test_says_what_was_changed_and_what_became_of_the_error() -> None:
-    passed, failed, untried = fault()["causes"]
+    passed, failed, untried = fault().causes
     assert outcome(passed) == "with eps 1e-06: 2.6e-05 → 0.0e+00, passed"
     assert outcome(failed) == "with gelu: 2.6e-05 → 2.6e-05, more than rounding is left"
     assert outcome(untried) == ""
-    lost = {**passed, "counter_test": {**passed["counter_test"], "local_error": [None, 0.0]}}
+    test = dataclasses.replace(passed.counter_test, local_error=(None, 0.0))
+    lost = dataclasses.replace(passed, counter_test=test)
     assert outcome(lost).startswith("with eps 1e-06: NaN →")
 
 
 def test_a_cause_does_not_repeat_the_module_that_stands_beside_it() -> None:
     one = fault(2)
-    assert one["module"] in one["causes"][0]["words"]
-    assert said(one, one["causes"][0]) == "eps is 1e-05, the reference has 1e-06"
-    swapped = {**one["causes"][0], "words": "layers.2 holds the weights of layers.3"}
-    assert said({**one, "module": "layers.2"}, swapped) == swapped["words"]
-    assert said({**one, "module": ""}, swapped) == swapped["words"]
+    assert one.module in one.causes[0].words
+    assert said(one, one.causes[0]) == "eps is 1e-05, the reference has 1e-06"
+    swapped = dataclasses.replace(one.causes[0], words="layers.2 holds the weights of layers.3")
+    assert said(dataclasses.replace(one, module="layers.2"), swapped) == swapped.words
+    assert said(dataclasses.replace(one, module=""), swapped) == swapped.words
 
 
 def test_a_handful_of_lines_however_many_there_are() -> None:
     many = [blamed(f"cause {n}", "a.weight", f"words {n}", part="mlp") for n in range(MOST_GROUPS + 4)]
-    lines = Faults({"faults": [*(fault(n) for n in range(6)), *many]}).lines()
+    lines = Faults(content({"faults": [*(fault(n) for n in range(6)), *many]})).lines()
     assert len(lines) == 2 * MOST_GROUPS + 1
     assert lines[0] == "norm vision_model.encoder.layers.0.layer_norm2 (vision.block.00, 41 × its own rounding)"
     assert lines[1].startswith(
@@ -123,28 +127,30 @@ def test_a_handful_of_lines_however_many_there_are() -> None:
 
 def test_without_faults_it_says_in_one_sentence_what_was_looked_at() -> None:
     told = {"stages": REPORTS["pass"]["stages"], "weights": {"written": 235}, "faults": []}
-    assert repr(Faults(told)) == (
+    assert repr(Faults(content(told))) == (
         "No fault: looked at were the 235 tensors that were written and 23 places, each fed what the reference was fed."
     )
     known = {**told, "known_differences": [{"words": "an eps", "explains": ["x"]}, {"words": "beams", "explains": []}]}
-    assert repr(Faults(known)).startswith("No fault but for what is known (an eps): ")
-    assert repr(Faults({**told, "stages": []})).endswith("; behaviour was not compared.")
-    assert repr(Faults({"stages": told["stages"]})).startswith("No fault: looked at were 23 places")  # any two modules
-    assert Faults(told)._repr_html_() == f"<p>{Faults(told)!r}</p>"
+    assert repr(Faults(content(known))).startswith("No fault but for what is known (an eps): ")
+    assert repr(Faults(content({**told, "stages": []}))).endswith("; behaviour was not compared.")
+    assert repr(Faults(content({"stages": told["stages"]}))).startswith(
+        "No fault: looked at were 23 places"
+    )  # any two modules
+    assert Faults(content(told))._repr_html_() == f"<p>{Faults(content(told))!r}</p>"
 
 
 def test_in_a_notebook_the_other_causes_open_and_everything_is_text() -> None:
-    shown = Faults({"faults": [fault()]})._repr_html_()
+    shown = Faults(content({"faults": [fault()]}))._repr_html_()
     assert shown.count("<tr>") == 2
     assert shown.count("<li>") == 2
     before, after = shown.split("<details>")
     assert "eps is 1e-05" in before
     assert "the activation is relu" in after
-    evil = {**fault(), "part": EVIL, "module": EVIL, "stage": EVIL}
+    evil = {**raw(fault()), "part": EVIL, "module": EVIL, "stage": EVIL}
     for cause in evil["causes"]:
         cause["words"] = EVIL
     evil["causes"][0]["counter_test"]["change"] = EVIL
-    shown = Faults({"faults": [evil]})._repr_html_()
+    shown = Faults(content({"faults": [evil]}))._repr_html_()
     assert "<script" not in shown
     assert "<b>" not in shown
     assert shown.count("&lt;script&gt;") == 7
@@ -159,9 +165,9 @@ def broken(converted: Callable[[str], Run], tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("broken")
     shutil.copytree(converted(OPT).model, folder / "model")
     config = folder / "model" / "config.json"
-    content = json.loads(config.read_text())
-    content["vision_config"]["layer_norm_eps"] = 1e-5
-    config.write_text(json.dumps(content))
+    settings = json.loads(config.read_text())
+    settings["vision_config"]["layer_norm_eps"] = 1e-5
+    config.write_text(json.dumps(settings))
     run = Run(folder, folder / "model")
     api.verify(run, figures=False)
     return run
@@ -181,20 +187,18 @@ def test_a_broken_twin_is_told_in_two_lines(broken: Run) -> None:
 
 def test_a_sound_twin_has_no_such_lines(converted: Callable[[str], Run], tmp_path: Path) -> None:
     report = api.verify(converted(OPT), output=tmp_path, figures=False)
-    assert report["faults"] == []
+    assert raw(report)["faults"] == []
     assert "likely cause" not in text.verdict_html(report.content)
     assert repr(Faults(report.content)).startswith("No fault but for what is known (eps of the post layer norm")
 
 
 def test_its_report_draws_itself_the_same_from_memory_and_from_disk(broken: Run) -> None:
-    content = broken.report.content
-    assert inside.available(content, {})
-    picture = Report(content).figure("inside", 3.4)
+    found = broken.report.content
+    assert inside.available(found, {})
+    picture = Report(found).figure("inside", 3.4)
     assert {"layer_norm1", "layer_norm2", "attention", "fc1", "activation"} <= set(texts(picture))
-    assert "2 of 9 places are wrong: layer_norm1, layer_norm2" in inside.alt_text(content, {})
-    after = {
-        row["module"].rpartition(".")[2]: row["excess_after"] for row in inside.table(content, {}) if row["faulty"]
-    }
+    assert "2 of 9 places are wrong: layer_norm1, layer_norm2" in inside.alt_text(found, {})
+    after = {row["module"].rpartition(".")[2]: row["excess_after"] for row in inside.table(found, {}) if row["faulty"]}
     assert after == {"layer_norm1": 1.0, "layer_norm2": 1.0}
 
 

@@ -12,20 +12,22 @@ from hypothesis import strategies as st
 from made_up import ARRAYS_OF, FULL, REPORTS, WIDTHS, drawn, marked, report, texts, title
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from records import content
 
 from blip2nb.display import plots
 from blip2nb.display.figures import activations
+from blip2nb.report.schema import Content
 
 RMS, LOW, HIGH, MAXIMUM = range(4)
 NAMES = [each["name"] for each in REPORTS["pass"]["stages"]]
 
 
-def changed(**changes: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def changed(**changes: Any) -> tuple[Content, dict[str, np.ndarray]]:
     """The report that passes, with transformers' values replaced at some places: x<place>=four numbers."""
     arrays = copy.deepcopy(ARRAYS_OF["pass"])
     for place, values in changes.items():
         arrays["activations/transformers"][int(place[1:])] = values
-    return REPORTS["pass"], arrays
+    return content(REPORTS["pass"]), arrays
 
 
 def steps(axes: Axes, label: str, at: int = 0) -> dict[float, float]:
@@ -96,7 +98,7 @@ def test_what_is_not_a_number_in_one_model_is_hatched() -> None:
 def test_what_is_not_a_number_in_both_models_is_hatched_where_the_error_is_not_one_either() -> None:
     arrays = copy.deepcopy(ARRAYS_OF["NaN"])
     arrays["activations/lavis"][NAMES.index("vision.block.04")] = np.nan
-    picture = plots.FIGURES["activations"](REPORTS["NaN"], arrays)
+    picture = plots.FIGURES["activations"](content(REPORTS["NaN"]), arrays)
     hatched = [patch.get_x() + 0.5 for patch in picture.axes[0].patches if patch.get_gid() == "NaN"]
     assert hatched == [NAMES.index("vision.block.04")]
 
@@ -162,7 +164,7 @@ def test_the_title_says_where_they_part_or_how_far_they_are_from_it(place: int, 
     report, arrays = changed()
     arrays["activations/transformers"] = arrays["activations/lavis"].copy()
     arrays["activations/transformers"][place:, column] *= factor
-    words = activations.alt_text(report, arrays)
+    words = activations.alt_text(content(report), arrays)
     apart = max(factor, 1 / factor)
     if apart > 1.101:
         assert (
@@ -205,7 +207,7 @@ def _line_at(picture: Figure, label: str) -> float | None:
 
 
 def test_the_table_holds_every_stage_and_both_models() -> None:
-    rows = plots.table("activations", REPORTS["fault"], ARRAYS_OF["fault"])
+    rows = plots.table("activations", content(REPORTS["fault"]), ARRAYS_OF["fault"])
     assert [row["name"] for row in rows] == NAMES
     for side in ("lavis", "transformers"):
         found = [[row[f"{side}_{what}"] for what in ("rms", "low", "high", "maximum")] for row in rows]
@@ -216,5 +218,5 @@ def test_it_is_not_offered_without_both_models_values() -> None:
     one = {"activations/lavis": ARRAYS_OF["pass"]["activations/lavis"]}
     nothing = {key: np.full((23, 4), np.nan) for key in ("activations/lavis", "activations/transformers")}
     for arrays in ({}, one, nothing):
-        assert not activations.available(report(), arrays)
-    assert activations.available(report(), ARRAYS_OF["pass"])
+        assert not activations.available(content(report()), arrays)
+    assert activations.available(content(report()), ARRAYS_OF["pass"])

@@ -14,6 +14,7 @@ from made_up import REPORTS, drawn, steps, texts
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from records import content, raw
 
 from blip2nb import api
 from blip2nb.display import plots
@@ -72,7 +73,7 @@ def test_where_none_part_it_is_of_the_nearest_tie() -> None:
     far, near = steps("a cup"), steps("a red boat on the sea")
     near[4][3] = near[4][1] - 0.0004
     picture = plots.FIGURES["captions"](
-        with_ladder({"lavis": far, "transformers": far}, {"lavis": near, "transformers": near}), {}
+        content(with_ladder({"lavis": far, "transformers": far}, {"lavis": near, "transformers": near})), {}
     )
     axes = ladder_of(picture)
     assert tokens(axes) == ["␣a", "␣red", "␣boat", "␣on", "␣the", "␣sea"]
@@ -88,7 +89,7 @@ def test_the_ladder_says_how_far_the_models_are_apart_as_long_as_they_agree() ->
     ours, theirs = steps("one two three four"), steps("one two other four")
     theirs[1][1] += 0.003
     theirs[2][1] += 5.0  # of another token, and so no measure of anything
-    axes = ladder_of(plots.FIGURES["captions"](with_ladder({"lavis": ours, "transformers": theirs}), {}))
+    axes = ladder_of(plots.FIGURES["captions"](content(with_ladder({"lavis": ours, "transformers": theirs})), {}))
     assert axes.get_xlabel().replace("\n", " ").endswith("the models at most 0.003 apart until they part")
 
 
@@ -96,7 +97,7 @@ def test_a_log_probability_that_is_no_number_is_hatched_and_one_beyond_the_axis_
     ours, theirs = steps("a boat at sea"), steps("a boat at sea")
     theirs[1][1] = None
     ours[3][3] = theirs[3][3] = -1e9
-    picture = plots.FIGURES["captions"](with_ladder({"lavis": ours, "transformers": theirs}), {})
+    picture = plots.FIGURES["captions"](content(with_ladder({"lavis": ours, "transformers": theirs})), {})
     axes = ladder_of(picture)
     assert spans(axes, "NaN") == [1]
     assert tokens(axes)[1] == "␣boat  NaN"
@@ -113,7 +114,7 @@ def test_thirty_tokens_and_long_words_stay_on_the_page_and_apart() -> None:
     words = [f" {'pneumono' * 3 if n % 5 == 0 else 'sea'}{n}" for n in range(30)]
     both = [[word, -0.5 * n, "https://example.org/a", -0.5 * n - 1.0] for n, word in enumerate(words)]
     for width in (7.0, 3.4):
-        picture = plots.FIGURES["captions"](with_ladder({"lavis": both, "transformers": both}), {}, width)
+        picture = plots.FIGURES["captions"](content(with_ladder({"lavis": both, "transformers": both})), {}, width)
         FigureCanvasAgg(picture).draw()
         renderer = picture.canvas.get_renderer()  # type: ignore[attr-defined]
         axes = ladder_of(picture)
@@ -128,7 +129,7 @@ def test_thirty_tokens_and_long_words_stay_on_the_page_and_apart() -> None:
 def test_a_caption_without_a_ladder_is_still_shown() -> None:
     value = copy.deepcopy(REPORTS["fault"])
     del value["captions"]["ladder"]
-    picture = plots.FIGURES["captions"](value, {})
+    picture = plots.FIGURES["captions"](content(value), {})
     assert len(picture.axes) == 1
     assert "a cup on a plate" in texts(picture)
     assert not any("runner-up" in words for words in texts(picture))
@@ -136,7 +137,7 @@ def test_a_caption_without_a_ladder_is_still_shown() -> None:
 
 def test_the_table_has_every_caption_and_every_token() -> None:
     said = REPORTS["fault"]["captions"]
-    rows = captions.table(REPORTS["fault"], {})
+    rows = captions.table(content(REPORTS["fault"]), {})
     assert len({tuple(row) for row in rows}) == 1
     whole = [row for row in rows if row["token"] is None]
     assert [row["lavis"] for row in whole] == said["lavis"]["greedy"]
@@ -154,9 +155,9 @@ def test_a_real_ladder_is_what_the_two_models_said(converted, tmp_path) -> None:
     picture = report.figure("captions")
     axes = ladder_of(picture)
     margins = [
-        min(step[1] - step[3] for side in both.values() for step in side) for both in report["captions"]["ladder"]
+        min(step[1] - step[3] for side in both.values() for step in side) for both in raw(report)["captions"]["ladder"]
     ]
-    both = report["captions"]["ladder"][int(np.argmin(margins))]
+    both = raw(report)["captions"]["ladder"][int(np.argmin(margins))]
     assert rungs(axes, "LAVIS") == pytest.approx({n: step[1] for n, step in enumerate(both["lavis"])})
     nearest = np.argmin([min(a[1] - a[3], b[1] - b[3]) for a, b in zip(*both.values(), strict=True)])
     assert spans(axes, "tie") == [nearest]
@@ -173,7 +174,7 @@ def test_a_model_that_says_something_else_parts_where_its_tokens_do(model_copy, 
 
     edit_weights(next(run.model.glob("*.safetensors")), damage)
     report = api.verify(run, proof="both", figures=False)
-    ladders = report["captions"]["ladder"]
+    ladders = raw(report)["captions"]["ladder"]
     partings = [
         next((n for n, (a, b) in enumerate(zip(*both.values(), strict=False)) if a[0] != b[0]), math.inf)
         for both in ladders

@@ -12,6 +12,7 @@ from made_up import PLACES, REPORTS, THRESHOLD, WIDTHS, collisions, drawn, fault
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
+from records import content
 
 from blip2nb.display import plots
 
@@ -19,7 +20,7 @@ NAME = "inside"
 
 
 def picture_of(faults: list[dict[str, Any]], width: float = 7.0) -> Figure:
-    picture = plots.FIGURES[NAME]({"faults": faults, "threshold": THRESHOLD}, {}, width)
+    picture = plots.FIGURES[NAME](content({"faults": faults, "threshold": THRESHOLD}), {}, width)
     picture.set_dpi(150)
     FigureCanvasAgg(picture).draw()
     return picture
@@ -124,15 +125,15 @@ def test_many_places_are_readable_and_the_wrong_one_keeps_its_name(excess: float
 
 
 def test_without_a_stage_that_was_opened_there_is_no_picture() -> None:
-    assert not plots.available({**REPORTS["pass"], "faults": []}, {}).count(NAME)
+    assert not plots.available(content({**REPORTS["pass"], "faults": []}), {}).count(NAME)
     flat = fault()
     flat["inside"] = flat["inside"][-1:]  # a stage that is one module
-    assert not plots.available({**REPORTS["pass"], "faults": [flat]}, {}).count(NAME)
+    assert not plots.available(content({**REPORTS["pass"], "faults": [flat]}), {}).count(NAME)
     assert title(picture_of([{**flat, "stage": "vision.embeddings"}, fault()])).startswith("Inside vision.block.02")
 
 
 def test_its_data_are_all_places_and_what_the_counter_test_made_of_them() -> None:
-    rows = plots.table(NAME, REPORTS["fault"], {})
+    rows = plots.table(NAME, content(REPORTS["fault"]), {})
     (one,) = REPORTS["fault"]["faults"]
     assert [row["module"] for row in rows] == [place["module"] for place in one["inside"]]
     assert [row["excess_after"] for row in rows if row["faulty"]] == [1.0]

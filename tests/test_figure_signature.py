@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
+from records import content
 
 from blip2nb.display import plots
 
@@ -30,14 +31,15 @@ def rounding(values: np.ndarray) -> np.ndarray:
 
 def picture_of(residual: np.ndarray, ours: np.ndarray = OURS, width: float = 7.0, **about: Any) -> Figure:
     value, arrays = looking_at(ours, residual, **about)
-    picture = plots.FIGURES[NAME](value, arrays, width)
+    picture = plots.FIGURES[NAME](content(value), arrays, width)
     FigureCanvasAgg(picture).draw()
     return picture
 
 
 def shares(residual: np.ndarray, ours: np.ndarray = OURS) -> dict[str, float]:
     """Pattern -> the share of the squared residual that it explains."""
-    rows = plots.table(NAME, *looking_at(ours, residual))
+    seen = looking_at(ours, residual)
+    rows = plots.table(NAME, content(seen[0]), seen[1])
     return {row["pattern"]: row["explained"] for row in rows if row["pattern"]}
 
 
@@ -100,7 +102,7 @@ def test_noise_is_not_named_however_few_values_there_are(seed: int, positions: i
     rng = np.random.default_rng(seed)
     ours, noise = rng.normal(0, 1, (2, positions, channels))
     value, arrays = looking_at(ours, noise, fault=False)
-    words = plots.alt_text(NAME, value, arrays)
+    words = plots.alt_text(NAME, content(value), arrays)
     if positions * channels > 60:  # a handful of points can lie on a line
         assert "follow" in words or "no pattern" in words
 

@@ -15,11 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
+from records import content
 
 from blip2nb.display import plots
 from blip2nb.display.figures import stage_by_token
+from blip2nb.report.schema import Content
 
-Made = tuple[dict[str, Any], dict[str, np.ndarray]]
+Made = tuple[Content, dict[str, np.ndarray]]
 FIRST = "vision.post_layernorm"
 NAMES = [each["name"] for each in REPORTS["fault"]["stages"]]
 
@@ -29,7 +31,7 @@ def with_errors(case: str = "fault", **errors: Any) -> Made:
     value, arrays = copy.deepcopy(REPORTS[case]), dict(ARRAYS_OF[case])
     for name, values in errors.items():
         arrays[f"tokens/{name.replace('__', '.')}"] = np.asarray(values, np.float32)
-    return value, arrays
+    return content(value), arrays
 
 
 def with_patches(side: int, place: int, value: float) -> Made:
@@ -121,7 +123,7 @@ def test_a_long_text_names_as_many_tokens_as_have_room(width: float) -> None:
     for name in NAMES:
         if f"tokens/{name}" in arrays and name.startswith(("language", "logits")):
             arrays[f"tokens/{name}"] = np.full(131, 1e-6, np.float32)
-    picture = plots.FIGURES["stage_by_token"](value, arrays, width)
+    picture = plots.FIGURES["stage_by_token"](content(value), arrays, width)
     FigureCanvasAgg(picture).draw()
     boxes = [label.get_window_extent() for label in panel(picture, "language").get_yticklabels()]
     assert len(boxes) > 15
@@ -200,7 +202,7 @@ def test_patches_that_are_not_numbers_are_hatched_over_the_image() -> None:
 def test_the_examined_stage_lies_over_the_image_if_it_is_the_vision_towers() -> None:
     value, arrays = with_errors()
     value["examined"]["stage"] = "vision.block.03"
-    picture = plots.FIGURES["stage_by_token"](value, arrays)
+    picture = plots.FIGURES["stage_by_token"](content(value), arrays)
     np.testing.assert_allclose(
         squares(picture, "vision.block.03", 4), arrays["tokens/vision.block.03"][1:].reshape(4, 4)
     )
@@ -212,7 +214,7 @@ def test_the_examined_stage_lies_over_the_image_if_it_is_the_vision_towers() -> 
 def test_else_the_vision_stage_with_the_largest_error_lies_over_it() -> None:
     value, arrays = with_errors(vision__block__01=np.full(17, 0.1))
     value["examined"]["stage"] = "qformer.layer.01"
-    picture = plots.FIGURES["stage_by_token"](value, arrays)
+    picture = plots.FIGURES["stage_by_token"](content(value), arrays)
     assert set(squares(picture, "vision.block.01", 4).ravel()) == {np.float32(0.1)}
     assert "patches 0.1\nclass token 0.1" in texts(picture)
 
@@ -220,14 +222,14 @@ def test_else_the_vision_stage_with_the_largest_error_lies_over_it() -> None:
 def test_without_image_or_vision_tower_the_rest_is_drawn() -> None:
     value, arrays = with_errors()
     blind = {key: array for key, array in arrays.items() if key != "pixels/image"}
-    assert len(panel(plots.FIGURES["stage_by_token"](value, blind), FIRST).images) == 1
+    assert len(panel(plots.FIGURES["stage_by_token"](content(value), blind), FIRST).images) == 1
     rest = {key: array for key, array in arrays.items() if not key.startswith("tokens/vision")}
     for width in WIDTHS:
-        picture = plots.FIGURES["stage_by_token"](value, rest, width)
+        picture = plots.FIGURES["stage_by_token"](content(value), rest, width)
         assert [axes.get_title("left").split(":")[0] for axes in picture.axes[:2]] == ["Q-Former", "language"]
         assert title(picture).startswith(f"First wrong at {FIRST}, which is not drawn here. At ")
-    assert not stage_by_token.available(value, {})
-    assert stage_by_token.available(value, rest)
+    assert not stage_by_token.available(content(value), {})
+    assert stage_by_token.available(content(value), rest)
 
 
 # -------------------------------------------------------------------------------------------------- what it says
@@ -245,7 +247,7 @@ TITLES = {
 def test_the_title_says_where_the_error_sits(words: str) -> None:
     value, arrays = with_errors("two faults", language__block__01=TITLES[words])
     value["first_divergence"]["stage"] = "language.block.01"
-    found = title(plots.FIGURES["stage_by_token"](value, arrays))
+    found = title(plots.FIGURES["stage_by_token"](content(value), arrays))
     assert found.startswith("At language.block.01 the error")
     assert words in found
 
@@ -255,7 +257,7 @@ def test_a_few_places_are_counted() -> None:
     errors[[3, 80, 250]] = 0.2, 0.3, 0.2
     value, arrays = with_patches(16, 0, 1e-6)
     arrays[f"tokens/{FIRST}"] = errors.astype(np.float32)
-    found = title(plots.FIGURES["stage_by_token"](value, arrays))
+    found = title(plots.FIGURES["stage_by_token"](content(value), arrays))
     few = "in a few places: 3 of 257 positions hold 90 % of it, the patch in row 4, column 15 the most"
     assert found == f"At {FIRST} the error sits {few}"
 
@@ -265,7 +267,7 @@ def test_a_few_places_are_counted() -> None:
 def test_the_share_of_the_worst_is_what_the_title_says(errors: list[float]) -> None:
     value, arrays = with_errors("two faults", language__block__01=errors)
     value["first_divergence"]["stage"] = "language.block.01"
-    words = stage_by_token.alt_text(value, arrays)
+    words = stage_by_token.alt_text(content(value), arrays)
     squared = np.square(np.asarray(errors, np.float32).astype(float))
     share = squared.max() / squared.sum()
     assert f"token {int(squared.argmax())}" in words
@@ -284,7 +286,7 @@ def test_the_first_wrong_stage_is_marked_in_its_panel() -> None:
 
 
 def test_the_table_holds_every_stage_and_position() -> None:
-    rows = plots.table("stage_by_token", REPORTS["fault"], ARRAYS_OF["fault"])
+    rows = plots.table("stage_by_token", content(REPORTS["fault"]), ARRAYS_OF["fault"])
     found: dict[str, list[float]] = {}
     for row in rows:
         assert row["position"] == len(found.setdefault(row["name"], []))

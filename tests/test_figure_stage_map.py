@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.text import Text
+from records import content
 
 from blip2nb.display import plots
 from blip2nb.display.figures import stage_map
@@ -47,12 +48,12 @@ def made_of(names: list[str], wrong: tuple[str, ...] = ()) -> dict[str, Any]:
     return {
         "stages": found,
         "threshold": 3.0,
-        "first_divergence": first and {"stage": first["name"], "excess": first["excess"], "cause": None},
+        "first_divergence": first and {"stage": first["name"], "excess": first["excess"], "cause": ""},
     }
 
 
 def picture_of(value: dict[str, Any], width: float = 7.0) -> Figure:
-    picture = plots.FIGURES[NAME](value, {}, width)
+    picture = plots.FIGURES[NAME](content(value), {}, width)
     picture.set_dpi(100)
     FigureCanvasAgg(picture).draw()
     return picture
@@ -235,16 +236,16 @@ def test_names_that_are_too_long_keep_their_ends() -> None:
 
 
 def test_the_table_has_a_row_for_each_stage() -> None:
-    rows = plots.table(NAME, REPORTS["fault"], ARRAYS_OF["fault"])
+    rows = plots.table(NAME, content(REPORTS["fault"]), ARRAYS_OF["fault"])
     assert [row["name"] for row in rows] == [stage["name"] for stage in REPORTS["fault"]["stages"]]
     assert [row["name"] for row in rows if row["fare"] == "diverges"] == ["vision.post_layernorm"]
     assert rows[3]["lavis"] == "visual_encoder.blocks.1"
     assert rows[3]["part"] == "vision"
 
 
-def test_a_report_from_before_places_were_noted_can_be_drawn(tmp_path: Path) -> None:
+def test_a_place_that_is_not_noted_is_a_dash(tmp_path: Path) -> None:
     value = copy.deepcopy(REPORTS["pass"])
     for each in value["stages"]:
-        del each["reference"]
+        each["reference"] = ""
     assert "—" in texts(picture_of(value))
-    assert plots.save(value, {}, tmp_path, formats=("svg",))[0].name == "stage_map.svg"
+    assert plots.save(content(value), {}, tmp_path, formats=("svg",))[0].name == "stage_map.svg"

@@ -10,6 +10,7 @@ from made_up import WIDTHS, looking_at, texts, title
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from records import content
 
 from blip2nb.display import plots
 from blip2nb.display.figures.cells import cell_steps, largest_by_cell
@@ -22,7 +23,7 @@ NOISE = 1e-3 * RNG.normal(0, 1, OURS.shape)
 
 def picture_of(residual: np.ndarray, width: float = 7.0, ours: np.ndarray | None = None, **about: Any) -> Figure:
     value, arrays = looking_at(OURS if ours is None else ours, residual, **about)
-    picture = plots.FIGURES[NAME](value, arrays, width)
+    picture = plots.FIGURES[NAME](content(value), arrays, width)
     FigureCanvasAgg(picture).draw()
     return picture
 
@@ -199,7 +200,7 @@ def test_infinity_is_no_number_and_does_not_stretch_the_scale() -> None:
 
 def test_the_table_is_what_is_drawn() -> None:
     value, arrays = looking_at(OURS, NOISE)
-    rows = plots.table(NAME, value, arrays)
+    rows = plots.table(NAME, content(value), arrays)
     assert len(rows) == 48 + 17 + 48 * 17
     cells = np.array([row["value"] for row in rows if row["what"] == "difference"]).reshape(17, 48)
     np.testing.assert_allclose(cells, NOISE, rtol=1e-9, atol=1e-15)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from records import raw
 from safetensors.torch import load_file
 
 from blip2nb import api
@@ -394,8 +395,8 @@ def test_a_fault_that_only_some_images_show_is_found_on_them(of_opt, converted):
 @pytest.mark.lavis
 def test_a_verification_of_many_images_says_it_of_all_and_shows_the_worst(run, folder):
     report = json.loads((run.folder / "report.json").read_text())
-    assert report["verdict"] == "explained"
-    images = report["images"]
+    assert raw(report)["verdict"] == "explained"
+    images = raw(report)["images"]
     assert images["count"] == len(images["names"]) == len(images["each"]) == 13
     assert [one["name"] for one in images["skipped"]] == sorted(SKIPPED)
     assert str(folder) not in json.dumps(images)
@@ -415,14 +416,14 @@ def test_a_verification_of_many_images_says_it_of_all_and_shows_the_worst(run, f
     assert worst["worst"] == max(one["max_abs"] for one in images["each"]) == images["each"][worst["take"]]["max_abs"]
     assert worst["image"] == images["names"][worst["take"]]
     for mode, said in images["captions"].items():
-        equal = report["captions"]["modes"][mode]["equal"]
+        equal = raw(report)["captions"]["modes"][mode]["equal"]
         assert (said["of"], said["equal"]) == (13, sum(equal))
         assert said["different"] == [number for number, same in enumerate(equal) if not same]
     saved = run.report
     assert saved.arrays["images/kl"].shape == (13, len(images["worst"]["tokens"]))
     assert saved.arrays["images/excess"].shape == (13, len(images["stages"]))
     alone = images["each"][0]
-    assert alone["kl"] == pytest.approx(report["logits"]["kl"], abs=1e-15)
+    assert alone["kl"] == pytest.approx(raw(report)["logits"]["kl"], abs=1e-15)
     assert "worst_image" in plots.available(saved.content, saved.arrays)
     for width in plots.WIDTHS:
         assert saved.figure("worst_image", width).get_figwidth() == width
@@ -442,20 +443,20 @@ def test_each_image_is_verified_with_each_text_and_not_recorded_again(of_t5, fol
     done = command("verify", run.folder, *given, "--lavis-python", "none", "--no-figures", "--json")
     assert done.status == 0
     report = json.loads(done.out)
-    images = report["images"]
+    images = raw(report)["images"]
     assert (images["count"], images["texts"]) == (2, TEXTS)
     told = [(one["image"], one["text"]) for one in images["each"]]
     assert told == [(name, text) for name in images["names"] for text in TEXTS]
     assert (images["worst"]["image"], images["worst"]["text"]) == told[images["worst"]["take"]]
-    assert images["worst"]["tokens"] == report["sequences"]["language.decoder"]
-    assert report["captions"]["equal_when_fixed"] is True
+    assert images["worst"]["tokens"] == raw(report)["sequences"]["language.decoder"]
+    assert raw(report)["captions"]["equal_when_fixed"] is True
 
 
 @pytest.mark.lavis
 def test_only_a_recording_of_the_same_inputs_is_found(of_t5, folder, model_copy):
     run = model_copy(T5)
     manifest = Manifest.read(run.model)
-    model = manifest.model_variant
+    model = manifest.variant
     shown = two_of(folder)
     reference.images_tape(run).write_bytes(Path(of_t5.path).read_bytes())
     assert reference.find_tape(run, manifest, choose(model, shown, TEXTS)).takes == 4

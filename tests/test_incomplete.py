@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import Outcome
 from made_up import report as made_up_report
+from records import raw
 from test_page import Read
 
 from blip2nb import api, trace
@@ -320,10 +321,10 @@ def test_the_verdict_is_incomplete_with_what_is_missing_and_the_command(unjudged
     assert (missing.id, missing.proof) == ("stages", "behaviour")
     assert f"1 of {len(report['stages'])} stages" in missing.words
     assert f"{STAGE} (RuntimeError: this layer has no float64)" in missing.words
-    assert missing.words in report["summary"]
-    assert report["complete_with"].startswith(f"blip2nb verify {run.model} --proof both")
+    assert missing.words in raw(report)["summary"]
+    assert raw(report)["complete_with"].startswith(f"blip2nb verify {run.model} --proof both")
     assert run.report.incomplete == report.incomplete
-    (stage,) = [one for one in report["stages"] if not one["refereed"]]
+    (stage,) = [one for one in raw(report)["stages"] if not one["refereed"]]
     assert (stage["name"], stage["excess"], stage["rounding"]) == (STAGE, None, None)
 
 
@@ -364,9 +365,9 @@ def test_a_cast_model_whose_source_is_gone_is_not_proven_by_its_weights(
     shutil.rmtree(source)
     ended = command(*asked)
     report = json.loads(ended.out)
-    assert (ended.status, report["verdict"]) == (4, "incomplete")
-    assert [one["id"] for one in report["incomplete"]] == ["weights", "not_asked"]
-    assert "their source is not here" in report["summary"]
+    assert (ended.status, raw(report)["verdict"]) == (4, "incomplete")
+    assert [one["id"] for one in raw(report)["incomplete"]] == ["weights", "not_asked"]
+    assert "their source is not here" in raw(report)["summary"]
 
 
 def test_a_report_of_another_format_is_refused_in_one_sentence_and_made_again(

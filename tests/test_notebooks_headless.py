@@ -22,6 +22,7 @@ from notebook_runs import (
     parameters,
     shown,
 )
+from records import raw
 
 import blip2nb
 from blip2nb.conversion.files import own_files
@@ -86,7 +87,7 @@ def test_the_command_that_completes_the_proof_completes_it(own_checkpoint, tmp_p
     report = blip2nb.verify(run, lavis_python="none", figures=False)
     assert report.verdict == "incomplete"
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    subprocess.run(report["complete_with"], shell=True, check=True, env={**os.environ, "PATH": path}, cwd=tmp_path)
+    subprocess.run(raw(report)["complete_with"], shell=True, check=True, env={**os.environ, "PATH": path}, cwd=tmp_path)
     assert run.report.verdict == "explained"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 from xml.etree import ElementTree
 
+import overviews as overview
 import pytest
 from conftest import edit_weights
 from hypothesis import given, settings
@@ -22,7 +23,6 @@ from markdown_it import MarkdownIt
 from reading import Element, Page
 
 from blip2nb import api
-from blip2nb.display import overview
 
 OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"
 TWO_FAULTS, MISSING, WEIGHTS = f"{OPT}--two-faults", f"{OPT}--missing", f"{OPT}--weights"
@@ -258,7 +258,7 @@ def test_the_page_says_what_index_json_says(whole: dict[str, Any], page: Read) -
         assert cells[0].text.startswith(run["run_name"])
         assert overview.RESULTS[run["result"]] in cells[1].text
         for proof, cell in zip(run["proofs"].values(), cells[2:], strict=True):
-            assert cell.text == f"{overview.SIGNS[proof['state']]} {proof['state']} {proof['words']}"
+            assert cell.text == f"{overview.PROOF_SIGNS[proof['state']]} {proof['state']} {proof['words']}"
     assert texts["index.html"] == overview.html(said)
 
 

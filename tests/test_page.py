@@ -19,6 +19,7 @@ import pytest
 from made_up import ARRAYS_OF, BROKEN, REPORTS, arrays, fault_at
 from PIL import Image
 from reading import Page
+from records import content, raw
 
 from blip2nb import api
 from blip2nb.display import page, plots, text
@@ -139,7 +140,8 @@ class Read(Page):
 
 @functools.cache
 def source(case: str) -> str:
-    return page.render(*CASES[case])
+    report, *more = CASES[case]
+    return page.render(content(report), *more)
 
 
 @functools.cache
@@ -162,7 +164,7 @@ def test_the_verdict_in_words_comes_first(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_numbers_are_those_that_show_prints(case: str) -> None:
-    assert set(text.numbers(CASES[case][0])) <= {tuple(row) for row in read(case).rows("key")}
+    assert set(text.numbers(content(CASES[case][0]))) <= {tuple(row) for row in read(case).rows("key")}
 
 
 def test_what_is_explained_comes_with_its_remedy_and_how_to_caption() -> None:
@@ -172,13 +174,13 @@ def test_what_is_explained_comes_with_its_remedy_and_how_to_caption() -> None:
     assert any("differ from LAVIS's by 4e-6 of their size" in one and "3e-7" in one for one in said)
     assert code[0] == "model.vision_model.post_layernorm.eps = 1e-5"
     assert "from_pretrained('model') model.vision_model.post_layernorm.eps = 1e-5 # eps of the post layer" in code[1]
-    compile(text.program(CASES["explained"][0]), "usage", "exec")
+    compile(text.program(content(CASES["explained"][0])), "usage", "exec")
 
 
 def test_captions_that_change_are_not_called_safe() -> None:
     report = copy.deepcopy(CASES["explained"][0])
     report["captions"]["equal"] = False
-    assert "Without it, some of its words are not LAVIS's" in page._safe(report)
+    assert "Without it, some of its words are not LAVIS's" in page._safe(content(report))
 
 
 def test_where_it_first_goes_wrong_and_why() -> None:
@@ -207,7 +209,7 @@ def test_where_it_first_goes_wrong_and_why() -> None:
     ],
 )
 def test_what_completes_a_proof_is_told_without_paths(given: str, command: str) -> None:
-    said = Read(page.render(weights_alone(given), {}))
+    said = Read(page.render(content(weights_alone(given)), {}))
     assert f"{command} blip2nb verify RUN --tape tape.safetensors" in [element.text for element in said.all("pre")]
     assert not {"Place by place", "The captions"} & {element.text for element in said.all("h2", "h3")}
 
@@ -217,7 +219,7 @@ def test_what_is_missing_is_listed_with_the_command_that_completes_it() -> None:
     words = "The weights were cast to bfloat16, and their source is not here to be compared with them."
     report["incomplete"] = [{"id": "weights", "proof": "weights", "words": words}]
     report |= {"verdict": "incomplete", "complete_with": "blip2nb verify /home/jane/m --source /home/jane/a.pth"}
-    said = Read(page.render(report, {}))
+    said = Read(page.render(content(report), {}))
     assert words in [element.text for element in said.all("li")]
     assert "blip2nb verify RUN --proof both --source YOUR_FILES" in [element.text for element in said.all("pre")]
     assert any(element.text.startswith("Not proven.") for element in said.all("dd"))
@@ -225,10 +227,10 @@ def test_what_is_missing_is_listed_with_the_command_that_completes_it() -> None:
 
 def test_a_checkpoint_of_ones_own_is_named_in_the_commands() -> None:
     report = copy.deepcopy(CASES["match"][0])
-    assert text.commands(report) == f"blip2nb convert {TWIN}\nblip2nb verify {TWIN}"
+    assert text.commands(content(report)) == f"blip2nb convert {TWIN}\nblip2nb verify {TWIN}"
     report["provenance"] |= {"checkpoints": ["blip2_pretrained_opt2.7b.pth", "my best.pth"], "dtype": "float16"}
     commands = f"blip2nb convert {TWIN} --source 'my best.pth' --dtype float16\nblip2nb verify '{TWIN}--my best'"
-    assert text.commands(report) == commands
+    assert text.commands(content(report)) == commands
 
 
 # --------------------------------------------------------------------------------------------------- what goes wrong
@@ -291,10 +293,10 @@ def test_more_than_200_faults_are_a_few_lines() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_every_figure_is_there_for_a_desk_and_a_phone(case: str) -> None:
     report, values = CASES[case]
-    names, found = plots.available(report, values), read(case)
+    names, found = plots.available(content(report), values), read(case)
     order = [name for name in page._READING if name in names]
     pictures = found.all("img")
-    assert [e.attributes["alt"] for e in pictures] == [plots.alt_text(name, report, values) for name in order]
+    assert [e.attributes["alt"] for e in pictures] == [plots.alt_text(name, content(report), values) for name in order]
     headings = [element for element in found.all("h3") if element.attributes.get("id") in names]
     assert [element.text for element in headings] == [page._READING[name][0] for name in order]
     for wide, narrow in zip(pictures, found.all("source"), strict=True):
@@ -307,7 +309,8 @@ def test_every_figure_is_there_for_a_desk_and_a_phone(case: str) -> None:
 def test_every_figure_is_explained() -> None:
     assert set(plots.FIGURES) <= set(page._READING)
     said = source("explained")
-    for name in plots.available(*CASES["explained"]):
+    report, values = CASES["explained"]
+    for name in plots.available(content(report), values):
         assert page._READING[name][1].split("'")[0] in said
 
 
@@ -315,7 +318,11 @@ def test_every_figure_is_explained() -> None:
 def test_figures_carry_their_data_up_to_a_limit(case: str) -> None:
     report, values = CASES[case]
     found = read(case)
-    totals = [len(plots.table(name, report, values)) for name in page._READING if name in plots.available(*CASES[case])]
+    totals = [
+        len(plots.table(name, content(report), values))
+        for name in page._READING
+        if name in plots.available(content(report), values)
+    ]
     summaries = [element.text for element in found.all("summary") if element.text.startswith("The data of")]
     said = [int(words.split(", ")[-1].split()[0]) for words in summaries]
     assert said == [total for total in totals if total]
@@ -429,16 +436,17 @@ def test_what_a_model_or_a_file_says_is_text() -> None:
         fault["causes"][0]["counter_test"]["change"] = evil
     report["weights"]["names"][0] = [[evil], evil, evil, [1], evil]
     report["versions"] = {evil: {evil: evil}}
-    found = Read(page.render(report, values))
+    found = Read(page.render(content(report), values))
     assert len(found.all("script")) == 1
-    assert len(found.all("img")) == len(plots.available(report, values))
+    assert len(found.all("img")) == len(plots.available(content(report), values))
     for tag in ("p", "td", "th", "li", "option"):
         assert any("".join(evil.split()) in "".join(element.text.split()) for element in found.all(tag)), tag
     assert "{{ 7 * 7 }}" in found.all("p")[1].text
 
 
 def test_a_page_is_the_same_each_time() -> None:
-    assert page.render(*CASES["incomplete"]) == source("incomplete")
+    report, *more = CASES["incomplete"]
+    assert page.render(content(report), *more) == source("incomplete")
 
 
 # -------------------------------------------------------------------------------------------------------- a real run
@@ -463,7 +471,7 @@ def test_a_verification_leaves_a_page_that_names_no_place(run: Run) -> None:
     for place in ("jane-doe", "secret-project", str(Path.home()), tempfile.gettempdir(), str(Path.cwd())):
         assert place not in said, place
     rows = Read(said).rows("names")
-    assert [row[1] for row in rows] == [name[1] or "–" for name in report["weights"]["names"]]
+    assert [row[1] for row in rows] == [name[1] or "–" for name in report.content.weights.names]
     run.forget_proof()
     assert "page" not in run.left()
 
@@ -474,7 +482,7 @@ def test_without_figures_there_is_no_page_and_none_of_an_earlier_report(run: Run
     assert not run.page.exists()
     api.draw(run)
     said = run.page.read_text(encoding="utf-8")
-    assert run.report["complete_with"].count("jane-doe") > 1
+    assert raw(run.report)["complete_with"].count("jane-doe") > 1
     assert "jane-doe" not in said
     assert "blip2nb verify RUN" in said
 
@@ -483,10 +491,10 @@ def test_a_page_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path) -> No
     path = tmp_path / "report.html"
     path.write_text("old")
     with pytest.raises(KeyError):
-        page.save({**CASES["incomplete"][0], "verdict": "?"}, {}, path)
+        page.save(content({**CASES["incomplete"][0], "verdict": "?"}), {}, path)
     (tmp_path / "report.html.partial").mkdir()
     with pytest.raises(IsADirectoryError):
-        page.save(*CASES["incomplete"], path)
+        page.save(content(CASES["incomplete"][0]), CASES["incomplete"][1], path)
     assert path.read_text() == "old"
 
 

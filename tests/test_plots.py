@@ -32,6 +32,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from records import content, raw
 
 from blip2nb.display import plots
 
@@ -43,7 +44,7 @@ def test_a_figure_is_closed_and_leaves_matplotlib_as_it_was(name: str) -> None:
     import matplotlib.pyplot as plt
 
     before = dict(matplotlib.rcParams)
-    picture = plots.FIGURES[name](REPORTS["fault"], ARRAYS)
+    picture = plots.FIGURES[name](content(REPORTS["fault"]), ARRAYS)
     FigureCanvasAgg(picture).draw()
     assert isinstance(picture, Figure)
     assert plt.get_fignums() == []
@@ -57,10 +58,10 @@ def test_a_notebooks_style_does_not_reach_the_figures(name: str) -> None:
         canvas.draw()
         return bytes(canvas.buffer_rgba())
 
-    plain = pixels_of(plots.FIGURES[name](REPORTS["fault"], ARRAYS, 3.4))
+    plain = pixels_of(plots.FIGURES[name](content(REPORTS["fault"]), ARRAYS, 3.4))
     loud = {"font.size": 30, "font.sans-serif": ["DejaVu Sans Mono"], "axes.facecolor": "black", "xtick.labelsize": 25}
     with matplotlib.rc_context(loud):
-        assert pixels_of(plots.FIGURES[name](REPORTS["fault"], ARRAYS, 3.4)) == plain
+        assert pixels_of(plots.FIGURES[name](content(REPORTS["fault"]), ARRAYS, 3.4)) == plain
 
 
 _BY_STAGE = ("depth_trace", "activations", "stage_by_token", "stage_map")
@@ -115,7 +116,7 @@ def test_a_junction_that_goes_wrong_is_named_by_what_arrives() -> None:
     each["arrival_error"] = 1.4
     nothing = {"local_error": None, "excess": None}
     value["first_divergence"] = {"stage": each["name"], "module": "m", "cause": "no image", **nothing}
-    picture = plots.FIGURES["depth_trace"](value, {})
+    picture = plots.FIGURES["depth_trace"](content(value), {})
     assert title(picture) == "First wrong at language.inputs_embeds: what arrives there is off by 1.4"
     place = float(value["stages"].index(each))
     assert marked(picture.axes[0], "wrong", shapes="^") == {place: 1.0}  # beyond the axis: an arrowhead at its end
@@ -238,7 +239,7 @@ def test_a_tenth_is_the_least_move_that_is_drawn() -> None:
     value = report()
     for each, factor in zip((s for s in value["stages"] if s["fixed"]), (0.91, 0.89, 1.09, 1.11), strict=False):
         each["fixed"]["excess"] = each["excess"] * factor
-    picture = plots.FIGURES["before_and_after"](value, {})
+    picture = plots.FIGURES["before_and_after"](content(value), {})
     moved = [s["name"] for s in value["stages"] if s["fixed"]]
     assert [label.get_text() for label in picture.axes[0].get_yticklabels()] == [moved[1], moved[3]]
 
@@ -247,7 +248,7 @@ def test_a_fix_that_moves_everything_keeps_the_largest_moves() -> None:
     value = report(sizes=FULL)
     for number, each in enumerate(s for s in value["stages"] if s["fixed"]):
         each["excess"] = 10.0 + number
-    picture = plots.FIGURES["before_and_after"](value, {})
+    picture = plots.FIGURES["before_and_after"](content(value), {})
     labels = [label.get_text() for label in picture.axes[0].get_yticklabels()]
     moved = [each["name"] for each in value["stages"] if each["fixed"]]
     assert 5 < len(labels) < 30
@@ -284,7 +285,7 @@ def test_a_position_can_flip_where_the_difference_passes_half_the_margin() -> No
     values["logits/margin"] = np.full(40, 0.2)
     values["logits/max_abs"] = np.full(40, 0.0999)
     values["logits/max_abs"][[7, 9]] = 0.1001
-    picture = plots.FIGURES["logits"](REPORTS["fault"], values)
+    picture = plots.FIGURES["logits"](content(REPORTS["fault"]), values)
     assert "2 of 40 can flip" in title(picture)
     risk = next(axes for axes in picture.axes if "margin" in axes.get_xlabel())
     lines = {line.get_label(): np.array(line.get_data()) for line in risk.lines}
@@ -300,7 +301,7 @@ def test_no_lone_pixel_is_lost_from_sight(changes: list[tuple[int, int, int, int
     difference = np.zeros((3, 224, 224), np.int16)
     for channel, row, across, value in changes:
         difference[channel, row, across] = value
-    picture = plots.FIGURES["pixels"](REPORTS["pass"], {**ARRAYS, "pixels/default": difference})
+    picture = plots.FIGURES["pixels"](content(REPORTS["pass"]), {**ARRAYS, "pixels/default": difference})
     panel = next(axes for axes in picture.axes if "default" in axes.get_title("left"))
     image = panel.images[0]
     shown = np.asarray(image.get_array())
@@ -339,7 +340,7 @@ def test_captions_are_whole_and_part_where_they_part() -> None:
 
 def test_captions_of_a_real_model_are_not_called_noise() -> None:
     value = {**REPORTS["pass"], "random_weights": False}
-    picture = plots.FIGURES["captions"](value, {})
+    picture = plots.FIGURES["captions"](content(value), {})
     assert "Both models say the same" in title(picture)
     assert not any("noise" in words for words in texts(picture))
     assert not any("│" in words for words in texts(picture))
@@ -362,7 +363,7 @@ def test_bytes_are_stacked_by_what_happened_to_them() -> None:
 def test_a_missing_tensor_is_the_title_of_the_files() -> None:
     value = copy.deepcopy(REPORTS["pass"])
     value["weights"].update(missing=["qformer.layernorm.bias"], roundtrip=False)
-    picture = plots.FIGURES["files"](value, {})
+    picture = plots.FIGURES["files"](content(value), {})
     assert title(picture) == "Not all tensors are accounted for: 1 missing"
     words = " ".join(texts(picture)).replace("\n", " ")
     assert "Missing: qformer.layernorm.bias." in words
@@ -388,7 +389,7 @@ def test_a_key_bias_that_is_not_zero_or_not_free_is_said() -> None:
     wrong = {**ARRAYS, "fusion/fused": ARRAYS["fusion/fused"].copy()}
     wrong["fusion/fused"][30] = 0.02
     value = {**REPORTS["pass"], "fusion": {"block": 0, "key_bias_effect": 0.1, "query_bias_effect": 0.3}}
-    picture = plots.FIGURES["fusion"](value, wrong)
+    picture = plots.FIGURES["fusion"](content(value), wrong)
     assert "should be rounding alone" in title(picture)
     assert "not zero: 0.02" in texts(picture)
     assert "channel (NOT query, zeros, value)" in texts(picture)
@@ -418,7 +419,7 @@ def test_alt_texts_hold_the_numbers() -> None:
     }
     assert set(wanted) == set(plots.FIGURES)
     for name, numbers in wanted.items():
-        words = plots.alt_text(name, REPORTS["fault"], ARRAYS)
+        words = plots.alt_text(name, content(REPORTS["fault"]), ARRAYS)
         assert [number for number in numbers if number not in words] == [], words
         assert words.endswith(".")
         assert "\n" not in words
@@ -426,20 +427,22 @@ def test_alt_texts_hold_the_numbers() -> None:
 
 def test_what_there_is_no_data_for_is_skipped(tmp_path: Any) -> None:
     bare = {**REPORTS["pass"], "stages": [], "logits": None, "captions": None, "pixel_values": None, "fusion": None}
-    assert plots.available(bare, {}) == ["files"]
-    assert [path.name for path in plots.save(bare, {}, tmp_path)] == ["files.png"]
-    assert plots.available(REPORTS["fault"], ARRAYS) == list(plots.FIGURES)
-    assert "logits" not in plots.available(REPORTS["fault"], {k: v for k, v in ARRAYS.items() if k != "logits/kl"})
+    assert plots.available(content(bare), {}) == ["files"]
+    assert [path.name for path in plots.save(content(bare), {}, tmp_path)] == ["files.png"]
+    assert plots.available(content(REPORTS["fault"]), ARRAYS) == list(plots.FIGURES)
+    assert "logits" not in plots.available(
+        content(REPORTS["fault"]), {k: v for k, v in ARRAYS.items() if k != "logits/kl"}
+    )
     unfixed = copy.deepcopy(REPORTS["pass"])
     for each in unfixed["stages"]:
         each["fixed"] = None
-    assert "before_and_after" not in plots.available(unfixed, ARRAYS)
+    assert "before_and_after" not in plots.available(content(unfixed), ARRAYS)
 
 
 def test_saved_files_are_named_by_width_and_carry_their_alt_text(tmp_path: Any) -> None:
     value = {**REPORTS["fault"], "logits": None, "captions": None, "pixel_values": None, "fusion": None, "faults": []}
     folder = tmp_path / "run" / "figures"
-    paths = plots.save(value, {}, folder, widths=(7.0, 3.4), formats=("png", "svg", "pdf"))
+    paths = plots.save(content(value), {}, folder, widths=(7.0, 3.4), formats=("png", "svg", "pdf"))
     stems = ("stage_map", "depth_trace", "before_and_after", "files")
     ends = [f"{width}.{kind}" for width in ("-7in", "-3.4in") for kind in ("png", "svg", "pdf")]
     assert {path.name for path in paths} == {stem + end for stem in stems for end in ends}
@@ -447,7 +450,7 @@ def test_saved_files_are_named_by_width_and_carry_their_alt_text(tmp_path: Any) 
     from PIL import Image
 
     with Image.open(folder / "depth_trace-3.4in.png") as image:
-        assert image.text["Description"] == plots.alt_text("depth_trace", value, {})
+        assert image.text["Description"] == plots.alt_text("depth_trace", content(value), {})
         assert image.width == round(3.4 * 200)
     assert "First wrong at vision.post_layernorm" in (folder / "depth_trace-7in.svg").read_text()
     pdf = (folder / "files-7in.pdf").read_bytes()
@@ -458,10 +461,17 @@ def test_saved_files_are_named_by_width_and_carry_their_alt_text(tmp_path: Any) 
 def test_the_same_report_gives_the_same_files(tmp_path: Any) -> None:
     value = {**REPORTS["pass"], "stages": [], "logits": None, "captions": None, "pixel_values": None, "fusion": None}
     value["examined"] = None
-    once = plots.save(value, ARRAYS, tmp_path / "once", formats=("png", "svg", "pdf"))
-    again = plots.save(value, ARRAYS, tmp_path / "again", formats=("png", "svg", "pdf"))
+    once = plots.save(content(value), ARRAYS, tmp_path / "once", formats=("png", "svg", "pdf"))
+    again = plots.save(content(value), ARRAYS, tmp_path / "again", formats=("png", "svg", "pdf"))
     assert len(once) == 3
     assert [path.read_bytes() for path in once] == [path.read_bytes() for path in again]
+
+
+IMPORTS = """
+from blip2nb.display import plots
+from blip2nb.forms import made_of
+from blip2nb.report.schema import Content
+"""
 
 
 @pytest.mark.parametrize("setup", ["", "%matplotlib inline"])
@@ -469,8 +479,8 @@ def test_a_notebook_shows_a_figure_once_and_as_png(setup: str) -> None:
     import nbclient
     from nbformat import v4
 
-    fixture = {"weights": REPORTS["pass"]["weights"], "captions": REPORTS["pass"]["captions"]}
-    cells = [f"{setup}\nfrom blip2nb.display import plots\nreport = {fixture!r}", "plots.FIGURES['files'](report, {})",
+    fixture = {name: raw(content(REPORTS["pass"]))[name] for name in ("weights", "captions")}
+    cells = [f"{setup}\n{IMPORTS}\nreport = made_of(Content, {fixture!r})", "plots.FIGURES['files'](report, {})",
              "plots.FIGURES['captions'](report, {})", "figure = plots.FIGURES['files'](report, {})"]  # fmt: skip
     notebook = v4.new_notebook(cells=[v4.new_code_cell(source) for source in cells])
     nbclient.NotebookClient(notebook, kernel_name="python3", timeout=60).execute()

@@ -7,6 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from records import raw
+
 import blip2nb
 from blip2nb.display.text import describe
 
@@ -27,7 +29,7 @@ def test_a_model_with_two_faults_gets_the_answer_that_is_shown(tmp_path: Path):
     exec(code, space)
     report = space["run"].report
     assert report.verdict == "diverges"
-    assert {fault["causes"][0]["id"] for fault in report["faults"]} == {"transposed", "activation"}
+    assert {fault["causes"][0]["id"] for fault in raw(report)["faults"]} == {"transposed", "activation"}
     told = describe(blip2nb.Run(tmp_path / "two-faults", tmp_path / "two-faults" / "model"))
     for line in shown.splitlines():
         assert _without_digits(line) in _without_digits(told), line

@@ -6,6 +6,7 @@ import shlex
 import nbformat
 import papermill
 import pytest
+from records import raw
 
 from blip2nb.handles import Report, Run
 from blip2nb.lavis_env.reference import completion
@@ -20,7 +21,7 @@ def run_in(folder):
 
 def says(run):
     """What a notebook shows of a run: as text, as HTML, and with the command that completes its proof."""
-    return [repr(run), run._repr_html_(), repr(run.report), html.escape(run.report["complete_with"])]
+    return [repr(run), run._repr_html_(), repr(run.report), html.escape(raw(run.report)["complete_with"])]
 
 
 @pytest.mark.parametrize("name", ["out", "für später", "it's mine", '<a> & "b"', "結果 'x'"])
@@ -49,8 +50,8 @@ def test_a_run_is_moved_with_all_that_it_says_of_its_place(tmp_path, converted, 
     relocate(made.folder, workshop, str(home))
     assert not [path for path in made.folder.iterdir() if HIDDEN.encode() in path.read_bytes()]
     made.folder.rename(moved.folder)
-    assert moved.report["complete_with"] == completion(moved, manifest, "")
-    assert str(moved.model) in shlex.split(moved.report["complete_with"])
+    assert raw(moved.report)["complete_with"] == completion(moved, manifest, "")
+    assert str(moved.model) in shlex.split(raw(moved.report)["complete_with"])
     _, injected, last = nbformat.read(moved.folder / "convert.ipynb", 4).cells
     given = {}
     exec(injected.source, given)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 
 import pytest
+from records import content
 
 from blip2nb import api
 from blip2nb.display.text import describe, numbers, usage, verdict_html
 from blip2nb.errors import RequestError
+from blip2nb.forms import INFINITE, settled
 from blip2nb.handles import Report, Run
 from blip2nb.lavis_env import reference
-from blip2nb.proof.verify import _verdict
-from blip2nb.report.store import INFINITE
+from blip2nb.proof.verdict import judge
 from blip2nb.variants import TWINS, variant
 
 OPT = "tiny-blip2-opt-2.7b"
@@ -62,7 +64,7 @@ def missing(content, *ids):
 
 
 @pytest.mark.parametrize(
-    ("content", "verdict", "causes", "words"),
+    ("found", "verdict", "causes", "words"),
     [
         (found([stage()]), "match", [], "the captions"),
         (found([stage(150)], AT), "explained", ["post_layernorm_eps"], "safe to ship"),
@@ -87,25 +89,28 @@ def missing(content, *ids):
         ),
     ],
 )
-def test_every_finding_has_its_verdict(content, verdict, causes, words):
-    answer = _verdict(content)
-    assert (answer["verdict"], answer["causes"]) == (verdict, causes)
-    assert words in answer["summary"]
+def test_every_finding_has_its_verdict(found, verdict, causes, words):
+    answer = judge(content(found))
+    assert (answer.verdict, answer.causes) == (verdict, tuple(causes))
+    assert words in answer.summary
 
 
 def test_a_report_survives_the_disk_and_says_the_same(converted, tmp_path):
     report = api.verify(converted(OPT), output=tmp_path, figures=False)
     again = Report.load(tmp_path)
-    assert again.content == report.content | {"stages": again["stages"]}
+    assert again.content == report.content
     assert again.verdict == "explained"
     assert set(again.arrays) == set(report.arrays)
     shown = describe(Run(tmp_path, converted(OPT).model))
     assert all(label in shown for label, _ in numbers(report.content))
     assert "explained" in report._repr_html_()
-    assert "<script" not in verdict_html({**report.content, "summary": "<script>"})
-    Report({**report.content, "seconds": math.inf, "threshold": math.nan}, {}).save(tmp_path / "odd")
-    odd = Report.load(tmp_path / "odd")
-    assert (odd["seconds"], odd["threshold"]) == (INFINITE, None)
+    assert "<script" not in verdict_html(dataclasses.replace(report.content, summary="<script>"))
+    logits = dataclasses.replace(report.content.logits, kl=math.inf, relative=math.nan)
+    odd = dataclasses.replace(report.content, logits=logits)
+    Report(odd, {}).save(tmp_path / "odd")
+    read = Report.load(tmp_path / "odd")
+    assert (read.content.logits.kl, read.content.logits.relative) == (INFINITE, None)
+    assert read.content == settled(odd)
 
 
 def test_figures_that_cannot_be_drawn_are_told_apart_from_those_there_are_not(converted, tmp_path):

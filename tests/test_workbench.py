@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import edit_weights
 from PIL import Image
+from records import raw
 
 import blip2nb
 from blip2nb import trace
@@ -31,7 +32,7 @@ def proven(converted, tmp_path_factory) -> Run:
 
 
 def stage_of(run: Run, name: str) -> dict:
-    return next(stage for stage in run.report["stages"] if stage["name"] == name)
+    return next(stage for stage in raw(run.report)["stages"] if stage["name"] == name)
 
 
 # -- values

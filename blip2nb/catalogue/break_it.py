@@ -43,10 +43,13 @@ from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.configuration import IMAGE_MEAN, IMAGE_STD
 from blip2nb.families.captioners.stages import module_pairs, stages
+from blip2nb.forms import settled
 from blip2nb.handles import Report
-from blip2nb.proof import verify
+from blip2nb.proof.behaviour import tape_images
+from blip2nb.proof.findings import findings
+from blip2nb.proof.rows import of_comparison
+from blip2nb.proof.subject import Subject
 from blip2nb.report.manifest import Manifest
-from blip2nb.report.store import finite
 from blip2nb.trace.causes import CAUSES
 from blip2nb.trace.comparison import ARRIVAL_TOLERANCE, Comparison, compare
 from blip2nb.trace.diagnose import Finding, attribute_differences, repaired
@@ -89,10 +92,10 @@ class Bench:
 
     def __init__(self, folder: Path, tape: Tape, source: Callable[[], Opened | None] = lambda: None):
         self.folder, self.tape, self.source = folder, tape, functools.cache(source)
-        self.variant = Manifest.read(folder).model_variant
+        self.variant = Manifest.read(folder).variant
         self.stages = stages(self.variant)
         self.loaded = huggingface.load(folder)
-        self.image: Image = verify.tape_images(tape)[0]
+        self.image: Image = tape_images(tape)[0]
         self.texts: dict[str, list[str]] = tape.metadata["texts"]
         self.inputs = self.prepared(self.loaded)
         pairs = [(pair.stage, pair.reference, pair.candidate) for pair in module_pairs(self.variant)]
@@ -143,7 +146,7 @@ class Bench:
         """What the kit says, and what it raised instead."""
         live: dict[str, Any] = {"loaded": broken.loaded, "inputs": broken.inputs}
         try:
-            return tuple(verify.findings(broken.folder, self.tape, source=self.source, **live)), ""
+            return tuple(findings(Subject(broken.folder, self.tape, self.source), **live)), ""
         except Exception as error:  # no answer is a wrong one, and says why
             if memory_ran_out(error):
                 raise
@@ -480,7 +483,7 @@ class Answer:
     @property
     def report(self) -> Report:
         """What the figures need: `answer.report.figure("depth_trace")`."""
-        return Report(finite({**self.comparison.report(), "summary": self.summary}), {})
+        return Report(settled(of_comparison(self.comparison, self.summary)), {})
 
     @property
     def summary(self) -> str:

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from blip2nb._version import __version__
 from blip2nb.bars import progress_bar
@@ -19,7 +18,8 @@ from blip2nb.conversion.files import Opened
 from blip2nb.conversion.hub import CARD, README, keep_card
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners.configuration import write_configuration
-from blip2nb.report.manifest import MANIFEST, Manifest
+from blip2nb.forms import plain
+from blip2nb.report.manifest import MANIFEST, Manifest, SourceFile
 from blip2nb.weights.convert import LOSSY, check_weights, file_hash, source_digests, target_slots, write_weights
 from blip2nb.weights.sources import Files, holds_weights
 from blip2nb.weights.stored import combine
@@ -54,7 +54,7 @@ def holds_already(folder: Path, opened: Opened, recipe: dict[str, str], overwrit
     if overwrite or not (folder / MANIFEST).is_file():
         return False
     held, wanted = Manifest.read(folder), opened.variant
-    if (held.model_variant, held.dtype) != (wanted, recipe["dtype"]) or not _same_weights(held, opened):
+    if (held.variant, held.dtype) != (wanted, recipe["dtype"]) or not _same_weights(held, opened):
         raise RequestError(
             f"{folder} holds another run's model ({held.model}, dtype {held.dtype}, weights "
             f"{held.weights_hash[:12]}), not the {wanted.name} asked for. "
@@ -69,7 +69,7 @@ def holds_already(folder: Path, opened: Opened, recipe: dict[str, str], overwrit
 
 
 def _same_weights(held: Manifest, opened: Opened) -> bool:
-    return _stamps(opened.files) == [dict(one) for one in held.files] or held.weights_hash == weights_hash(opened)
+    return _stamps(opened.files) == held.files or held.weights_hash == weights_hash(opened)
 
 
 def weights_hash(opened: Opened) -> str:
@@ -98,11 +98,11 @@ def _whole(folder: Path) -> bool:
     return all((folder / name).is_file() for name in _ALWAYS) and holds_weights(folder)
 
 
-def _stamps(files: Files) -> list[dict[str, Any]]:
+def _stamps(files: Files) -> tuple[SourceFile, ...]:
     """What tells at a glance that the files are those of last time: name, size and time of change. Of those that are
     read: what else lies beside them may change."""
     stats = [(path.name, path.stat()) for path in (*files.weight_files(), *files.configuration_files())]
-    return [{"name": name, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns} for name, stat in stats]
+    return tuple(SourceFile(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def write_model(
@@ -127,7 +127,7 @@ def write_model(
         )
     size = sum(slot.size for slot in target_slots(work, tensors, dtype))
     stamps = _stamps(opened.files)
-    identity = json.dumps([dataclasses.asdict(wanted), recipe, stamps], sort_keys=True)
+    identity = json.dumps([plain(wanted), recipe, plain(stamps)], sort_keys=True)
     _check_disk(folder, size)
     bar = progress_bar(total=size, unit="B", unit_scale=True, desc=f"convert {wanted.name}")
     with bar, unfinished_directory(folder, identity) as out:
@@ -142,7 +142,7 @@ def write_model(
             raise RequestError(f"The source of {folder} changed while it was read. Convert again when it is at rest.")
         beside = [path for path in sorted(out.folder.iterdir()) if path.name not in (*manifest.shards, *CARD, JOURNAL)]
         configuration = {path.name: file_hash(path) for path in beside if path.is_file()}
-        manifest = dataclasses.replace(manifest, files=tuple(stamps), recipe=recipe, configuration=configuration)
+        manifest = dataclasses.replace(manifest, files=stamps, recipe=recipe, configuration=configuration)
         manifest.write(out.folder)
         if not keep_card(folder, out.folder) and card is not None:
             (out.folder / README).write_text(card(manifest), encoding="utf-8", newline="\n")
@@ -175,6 +175,6 @@ def check_model(folder: Path, opened: Opened | None) -> list[str]:
         RequestError: the directory is not one of ours.
     """
     manifest = Manifest.read(folder)
-    size = sum(one["bytes"] for one in manifest.shards.values())
+    size = sum(one.bytes for one in manifest.shards.values())
     with progress_bar(total=size * (1 if opened is None else 2), unit="B", unit_scale=True, desc="check") as bar:
         return check_weights(folder, manifest, opened.tensors if opened is not None else None, progress=bar.update)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 from blip2nb import resources
 from blip2nb.conversion.directory import free_space
@@ -15,6 +14,7 @@ from blip2nb.conversion.files import Opened, open_source, wrong_base
 from blip2nb.conversion.recognise import configured
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners.mapping import entries, parameter_count
+from blip2nb.report.outputs import Plan, Reading
 from blip2nb.variants import Variant
 from blip2nb.weights.convert import CASTS, KEPT_IN_FLOAT32, target_slots
 from blip2nb.weights.download import Part, cache_folder, locate, remote_size
@@ -27,51 +27,8 @@ CONVERTING = 250_000_000
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """A file or folder that would be read. `size` is in bytes; an estimate where the server could not be asked."""
-
-    name: str
-    path: str
-    where: str
-    size: int
-    here: bool
-    estimated: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Preview:
-    """What a conversion would do. Sizes in bytes.
-
-    Attributes:
-        exact: everything is at hand and was looked into; else the sizes are those the released files should have.
-        shards: how many files the weights would be written to.
-        disk_free, fetch_free: where the model would be written, and where downloads would be kept; `one_disk` when
-            these are the same.
-        memory_float32, memory_half: what loading the converted model takes, its weights alone.
-        memory_proving: what comparing its behaviour with LAVIS's takes.
-        problems: what stands in the way, a sentence each.
-    """
-
-    model: str
-    output: str
-    dtype: str
-    exact: bool
-    reads: tuple[Reading, ...]
-    writes: int
-    shards: int
-    disk_free: int
-    fetch_bytes: int
-    fetch_free: int
-    one_disk: bool
-    memory_converting: int
-    memory_float32: int
-    memory_half: int
-    memory_proving: int
-    memory_here: int
-    problems: tuple[str, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+class Preview(Plan):
+    """What a conversion would do, in words."""
 
     def __str__(self) -> str:
         rows = [

@@ -53,7 +53,7 @@ def revert_model(folder: Path, output: Path, part: str, overwrite: bool) -> Reve
         RequestError: the directory is no BLIP-2 captioner, lacks a tensor, or the file cannot be written.
     """
     manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
-    variant = manifest.model_variant if manifest is not None else _configured_variant(folder)
+    variant = manifest.variant if manifest is not None else _configured_variant(folder)
     if output.exists() and not overwrite:
         raise RequestError(f"{output} is there already. Name another output, or replace it with overwrite.")
     saved = open_folder(folder)

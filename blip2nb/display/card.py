@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from blip2nb.conversion.hub import FIGURE, README, is_edited, sign
 from blip2nb.display import text
+from blip2nb.forms import there
 from blip2nb.report.manifest import Manifest
+from blip2nb.report.schema import Content, Provenance, Reference
 from blip2nb.variants import Variant, variant
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def write(run: RunPaths, figure: Picture | None = None) -> bool:
         log.info("%s was edited and stays as it is", run.model / README)
         return False
     report = run.report if (run.folder / "report.json").is_file() else None
-    if report is not None and report["provenance"]["weights_hash"] != manifest.weights_hash:
+    if report is not None and there(report.content.provenance).weights_hash != manifest.weights_hash:
         report = None  # of another model
     wanted = {README: render(manifest, report).encode()}
     if report is not None and (picture := _figure(report, figure)) is not None:
@@ -122,11 +124,11 @@ def _trained(manifest: Manifest) -> list[str]:
     return [name for name in manifest.checkpoints if name != variant(manifest.model).checkpoint]
 
 
-def _content(manifest: Manifest, found: Mapping[str, Any] | None, report: ReportData | None) -> dict[str, Any]:
+def _content(manifest: Manifest, found: Content | None, report: ReportData | None) -> dict[str, Any]:
     """What the template asks for. Names and hashes only: a card travels, and paths of this machine do not."""
-    model, trained = manifest.model_variant, _trained(manifest)
+    model, trained = manifest.variant, _trained(manifest)
     told = found or _untold(manifest)
-    behaviour = found is not None and found["proof"] == "both"
+    behaviour = found is not None and found.proof == "both"
     return {
         "model": model,
         "title": f"{model.name}, fine-tuned (`{_cell(trained[-1])}`)" if trained else model.name,
@@ -134,16 +136,16 @@ def _content(manifest: Manifest, found: Mapping[str, Any] | None, report: Report
         "dtype": manifest.dtype,
         "report": found,
         "behaviour": behaviour,
-        "verdict_words": text.VERDICTS[found["verdict"]] if found else "",
+        "verdict_words": text.VERDICTS[found.verdict] if found else "",
         "faults": _lines_of_faults(found) if found else [],
         "usage": text.program(told),
-        "fixes": [one for one in told["known_differences"] if one["stage"] != "captions"],
-        "known": told["known_differences"],
+        "fixes": [one for one in told.known_differences if one.stage != "captions"],
+        "known": told.known_differences,
         "commands": text.commands(told),
         "completion": text.completion(found) if found else "",
         "made_from": _made_from(manifest, model),
         "files": _files(manifest),
-        "written": [(_cell(name), one["bytes"], one["hash"]) for name, one in manifest.shards.items()],
+        "written": [(_cell(name), one.bytes, one.hash) for name, one in manifest.shards.items()],
         "weights_hash": manifest.weights_hash,
         "numbers": [(label, _cell(value)) for label, value in text.numbers(found)] if found else [],
         "versions": _versions(manifest, found),
@@ -161,7 +163,7 @@ def _seen(report: ReportData | None) -> dict[str, Any]:
     alt = ""
     if "depth_trace" in plots.available(report.content, report.arrays):
         alt = " ".join(plots.alt_text("depth_trace", report.content, report.arrays).translate(_PLAIN).split())
-    problems = page.problems(report["weights"])[:10]
+    problems = page.problems(there(report.content.weights))[:10]
     return {"alt": alt, "figure": FIGURE, "meaning": page.meaning(report.content), "problems": problems}
 
 
@@ -169,21 +171,27 @@ _PLAIN = str.maketrans({"[": "(", "]": ")", "\\": "/"})
 """What would end or change the text of a picture in Markdown."""
 
 
-def _untold(manifest: Manifest) -> dict[str, Any]:
+def _untold(manifest: Manifest) -> Content:
     """What a report would say of the conversion alone, for the parts of it that the card shares with report.html."""
-    made = {
-        "prompt": manifest.model_variant.prompt,
-        "checkpoints": list(manifest.checkpoints),
-        "dtype": manifest.dtype,
-        "reference": True,  # so that the command is the whole proof
-    }
-    return {"model_name": manifest.model_variant.name, "provenance": made, "known_differences": []}
+    model = manifest.variant
+    made = Provenance(
+        state="",
+        files=(),
+        checkpoints=manifest.checkpoints,
+        weights_hash=manifest.weights_hash,
+        dtype=manifest.dtype,
+        prompt=model.prompt,
+        image_size=model.image_size,
+        language_model=model.language_model,
+        reference=Reference("", "", "", {}, {}),  # so that the command is the whole proof
+    )
+    return Content(model_name=model.name, provenance=made)
 
 
-def _lines_of_faults(found: Mapping[str, Any]) -> list[str]:
+def _lines_of_faults(found: Content) -> list[str]:
     from blip2nb.display.faults import Faults
 
-    return Faults(found).lines() if found.get("faults") else []
+    return Faults(found).lines() if found.faults else []
 
 
 def _made_from(manifest: Manifest, model: Variant) -> list[tuple[str, str]]:
@@ -203,17 +211,17 @@ def _made_from(manifest: Manifest, model: Variant) -> list[tuple[str, str]]:
 def _files(manifest: Manifest) -> list[tuple[str, int, int]]:
     """(name, bytes, parameters read from it) of every file that the conversion read."""
     origins = list(manifest.origins.values())
-    return [(_cell(one["name"]), one["size"], origins.count(one["name"])) for one in manifest.files]
+    return [(_cell(one.name), one.size, origins.count(one.name)) for one in manifest.files]
 
 
-def _versions(manifest: Manifest, found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _versions(manifest: Manifest, found: Content | None) -> list[tuple[str, str]]:
     """(what was done, with what)."""
     kit = {name: manifest.recipe[name] for name in ("blip2nb", "transformers") if name in manifest.recipe}
     done = {"converted with": {**kit, **manifest.versions}}
     names = {"checked with": "checked with", "reference": "LAVIS recorded with"}
     for key, words in names.items():
-        if found is not None and key in found["versions"]:
-            done[words] = found["versions"][key]
+        if found is not None and key in found.versions:
+            done[words] = dict(found.versions[key])
     return [(words, ", ".join(f"{name} {version}" for name, version in found.items())) for words, found in done.items()]
 
 

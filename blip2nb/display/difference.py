@@ -8,13 +8,14 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from blip2nb.display.figures.moves import SMALLEST_MOVE, Move
 from blip2nb.display.figures.words import as_count, as_number, as_percent, first_few, to_floats
-from blip2nb.display.text import VERDICTS, Note
-from blip2nb.errors import RequestError
+from blip2nb.display.text import VERDICTS
+from blip2nb.forms import plain
+from blip2nb.report.outputs import CaptionChange, Change, RunsCompared, StageMove
+from blip2nb.report.schema import Content, Stage
 from blip2nb.report.store import ReportData
 
 LOGITS = {
@@ -25,33 +26,14 @@ LOGITS = {
 }
 """What is compared of the logits: its name on screen, and how its value is written."""
 
-_PICTURES = (".png", ".svg", ".pdf")
-
 _WORDS_AROUND, _CAPTIONS_SHOWN = 4, 6
 
 _MODES = {"greedy": "greedy", "beams": "5 beams", "default": "LAVIS's own beams"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Change:
-    """A parameter or version that is not the same in both runs; "none" where a run has no such thing."""
-
-    what: str
-    before: str
-    after: str
-
-    def __str__(self) -> str:
-        return f"{self.before} → {self.after}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Caption:
-    """What transformers said of one image, counted from 1, in both runs, where it is not the same."""
-
-    mode: str
-    image: int
-    before: str
-    after: str
+class Caption(CaptionChange):
+    """A caption that changed, in words."""
 
     def __str__(self) -> str:
         """Both, a few words around the place where they part."""
@@ -63,7 +45,7 @@ class Caption:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Difference:
+class ReportDifference:
     """What is different between two runs, A and B. A pair is always (A's, B's).
 
     Attributes:
@@ -94,10 +76,39 @@ class Difference:
     same_weights: bool
     changes: tuple[Change, ...]
 
+    @classmethod
+    def of(cls, one: ReportData, other: ReportData, names: tuple[str, str] = ("A", "B")) -> Self:
+        """Compare what two runs found, as far as both went.
+
+        Args:
+            one, other: the reports of A and B, of the same model or of two.
+            names: what to call the runs.
+        """
+        a, b = one.content, other.content
+        moved, still = stage_moves(a, b)
+        places = [{stage.name: None for stage in report.stages} for report in (a, b)]
+        alone = [tuple(name for name in mine if name not in theirs) for mine, theirs in itertools.permutations(places)]
+        changed, compared = _captions(a, b)
+        logits = [report.logits for report in (a, b) if report.logits]
+        return cls(
+            names=names,
+            reports=(one, other),
+            verdicts=(one.verdict, other.verdict),
+            first_wrong=(a.first_stage, b.first_stage),
+            moved=moved,
+            still=still,
+            only=(alone[0], alone[1]) if all(places) else ((), ()),
+            logits={name: _pair(getattr(side, name) for side in logits) for name in LOGITS} if len(logits) == 2 else {},
+            captions=changed,
+            captions_compared=compared,
+            same_weights=_weights_hash(a) == _weights_hash(b) != "",
+            changes=_changes(a, b),
+        )
+
     @property
     def finding(self) -> str:
         """One sentence without a full stop: the first stage that moved."""
-        unseen = [name for name, report in zip(self.names, self.reports, strict=True) if not report["stages"]]
+        unseen = [name for name, report in zip(self.names, self.reports, strict=True) if not report.content.stages]
         if unseen:
             return f"No stages to compare: the behaviour of {' and '.join(dict.fromkeys(unseen))} was not compared"
         if not self.moved and not self.still:
@@ -111,7 +122,10 @@ class Difference:
     def __repr__(self) -> str:
         lines = []
         for letter, name, report in zip("AB", self.names, self.reports, strict=True):
-            lines += [f"{letter}  {name}: {report.verdict} ({VERDICTS[report.verdict]})", f"   {report['summary']}"]
+            lines += [
+                f"{letter}  {name}: {report.verdict} ({VERDICTS[report.verdict]})",
+                f"   {report.content.summary}",
+            ]
         for heading, rows in self._sections():
             lines += ["", heading]
             width = max((len(label) for label, value in rows if value), default=0)
@@ -121,7 +135,7 @@ class Difference:
     def _repr_html_(self) -> str:
         runs = "".join(
             f"<p><strong>{letter}: {html.escape(name)}: {report.verdict}</strong> ({VERDICTS[report.verdict]})<br>"
-            f"{html.escape(report['summary'])}</p>"
+            f"{html.escape(report.content.summary)}</p>"
             for letter, name, report in zip("AB", self.names, self.reports, strict=True)
         )
         sections = "".join(
@@ -163,76 +177,26 @@ class Difference:
             )
         return words
 
-    def figure(self, width: float = 7.0) -> Any:
-        """The comparison as a picture, or a note where a run's behaviour was not compared.
-
-        Args:
-            width: inches.
-        """
-        from blip2nb.display.figures import two_runs
-
-        one, other = self.reports
-        if not two_runs.available(one.content, one.arrays, other.content, other.arrays):
-            return Note(f"No picture of this: {self.finding}.")
-        return two_runs.draw(one.content, one.arrays, other.content, other.arrays, width, self.names)
-
-    def draw(self, path: str | Path, width: float = 7.0) -> Path:
-        """Write the picture to a .png, .svg or .pdf file, with its alt text in it, and return the path.
-
-        Raises:
-            RequestError: the name ends otherwise, its folder is not there, or there is nothing to draw.
-        """
-        from blip2nb.display.plots import save_picture
-
-        path = Path(path).expanduser()
-        if path.suffix not in _PICTURES:
-            raise RequestError(f"A picture's file should end with {', '.join(_PICTURES)}, found {path.name!r}.")
-        if not path.parent.is_dir():
-            raise RequestError(f"{path.parent} is no folder: make it first, or give another place for the picture.")
-        picture = self.figure(width)
-        if isinstance(picture, Note):
-            raise RequestError(f"{picture} {path} was not written.")
-        return save_picture(picture, path, "two_runs", picture.alt)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON: every field but the reports, and the finding."""
-        fields = [field.name for field in dataclasses.fields(self) if field.name != "reports"]
-        shallow = {name: getattr(self, name) for name in fields}
-        for name in ("moved", "captions", "changes"):
-            shallow[name] = [dataclasses.asdict(one) for one in shallow[name]]
-        return {**shallow, "finding": self.finding}
+    @property
+    def row(self) -> RunsCompared:
+        """The same as --json prints it: without the reports."""
+        return RunsCompared(
+            names=self.names,
+            verdicts=self.verdicts,
+            first_wrong=self.first_wrong,
+            moved=tuple(StageMove(one.stage, one.before, one.after) for one in self.moved),
+            still=self.still,
+            only=self.only,
+            logits=self.logits,
+            captions=self.captions,
+            captions_compared=self.captions_compared,
+            same_weights=self.same_weights,
+            changes=self.changes,
+            finding=self.finding,
+        )
 
 
-def compare_reports(one: ReportData, other: ReportData, names: tuple[str, str] = ("A", "B")) -> Difference:
-    """Compare what two runs found, as far as both went.
-
-    Args:
-        one, other: the reports of A and B, of the same model or of two.
-        names: what to call the runs.
-    """
-    a, b = one.content, other.content
-    moved, still = stage_moves(a, b)
-    places = [{stage["name"]: None for stage in report["stages"]} for report in (a, b)]
-    alone = [tuple(name for name in mine if name not in theirs) for mine, theirs in itertools.permutations(places)]
-    changed, compared = _captions(a, b)
-    logits = [report["logits"] for report in (a, b) if report.get("logits")]
-    return Difference(
-        names=names,
-        reports=(one, other),
-        verdicts=(one.verdict, other.verdict),
-        first_wrong=(_first_wrong(a), _first_wrong(b)),
-        moved=moved,
-        still=still,
-        only=(alone[0], alone[1]) if all(places) else ((), ()),
-        logits={name: _pair(side.get(name) for side in logits) for name in LOGITS} if len(logits) == 2 else {},
-        captions=changed,
-        captions_compared=compared,
-        same_weights=_weights_hash(a) == _weights_hash(b) != "",
-        changes=_changes(a, b),
-    )
-
-
-def stage_moves(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[tuple[Move, ...], int]:
+def stage_moves(one: Content, other: Content) -> tuple[tuple[Move, ...], int]:
     """The stages in both reports that moved, in the order of the network, and how many did not.
 
     Matched by name. Places where something only arrives have no error of their own and are not counted.
@@ -243,14 +207,14 @@ def stage_moves(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[tuple
     return moved, len(both) - len(moved)
 
 
-def excesses(report: Mapping[str, Any]) -> dict[str, float]:
+def excesses(report: Content) -> dict[str, float]:
     """Stage -> error ÷ its own rounding, of the stages that have one: see `Move` for zero and NaN."""
-    return {stage["name"]: _excess(stage) for stage in report["stages"] if not stage.get("junction")}
+    return {stage.name: _excess(stage) for stage in report.stages if not stage.junction}
 
 
-def _excess(stage: Mapping[str, Any]) -> float:
-    bit_equal = stage.get("excess") is None and stage.get("local_error") == 0
-    return 0.0 if bit_equal else float(to_floats([stage.get("excess")])[0])
+def _excess(stage: Stage) -> float:
+    bit_equal = stage.excess is None and stage.local_error == 0
+    return 0.0 if bit_equal else float(to_floats([stage.excess])[0])
 
 
 def _alike(before: float, after: float) -> bool:
@@ -263,13 +227,9 @@ def _pair(values: Iterable[Any]) -> tuple[float, float]:
     return float(before), float(after)
 
 
-def _first_wrong(report: Mapping[str, Any]) -> str:
-    return (report.get("first_divergence") or {}).get("stage", "")
-
-
-def _captions(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[tuple[Caption, ...], int]:
+def _captions(one: Content, other: Content) -> tuple[tuple[Caption, ...], int]:
     """What transformers said otherwise, and of how many captions: those of the images and ways that both have."""
-    said = [(report.get("captions") or {}).get("huggingface") or {} for report in (one, other)]
+    said = [report.captions.huggingface if report.captions else {} for report in (one, other)]
     pairs = [
         Caption(mode, image, before, after)
         for mode in said[0]
@@ -279,52 +239,52 @@ def _captions(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[tuple[C
     return tuple(one for one in pairs if one.before != one.after), len(pairs)
 
 
-def _changes(one: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Change, ...]:
+def _changes(one: Content, other: Content) -> tuple[Change, ...]:
     a, b = _made_of(one), _made_of(other)
-    if one["stages"] and other["stages"]:  # else that one was not compared with LAVIS is said once: another proof
+    if one.stages and other.stages:  # else that one was not compared with LAVIS is said once: another proof
         a, b = a | _compared_with(one), b | _compared_with(other)
     whole = {what: (a.get(what, "none"), b.get(what, "none")) for what in [*a, *b]}
     return tuple(Change(what, *values) for what, values in whole.items() if values[0] != values[1])
 
 
-def _made_of(report: Mapping[str, Any]) -> dict[str, str]:
+def _made_of(report: Content) -> dict[str, str]:
     """What a run was made of and by, in words; what the report does not say is left out."""
-    made: Mapping[str, Any] = report.get("provenance") or {}
-    files = made.get("files")
-    told = {
-        "model": report["model_name"],
-        "proof": report.get("proof"),
-        "dtype": made.get("dtype"),
-        "language model": made.get("language_model"),
-        "image size": made.get("image_size"),
-        "prompt": json.dumps(made["prompt"]) if "prompt" in made else None,
-        "checkpoints": ", ".join(made.get("checkpoints") or []),
-        "files read": files and f"{as_count(len(files), 'file')}, {sum(file['bytes'] for file in files)} bytes",
-        "hash of the weights": _weights_hash(report)[:12],
-    }
+    told: dict[str, Any] = {"model": report.model_name, "proof": report.proof}
+    if made := report.provenance:
+        told |= {
+            "dtype": made.dtype,
+            "language model": made.language_model,
+            "image size": made.image_size,
+            "prompt": json.dumps(made.prompt),
+            "checkpoints": ", ".join(made.checkpoints),
+            "files read": f"{as_count(len(made.files), 'file')}, {sum(file.bytes for file in made.files)} bytes",
+        }
+    told["hash of the weights"] = _weights_hash(report)[:12]
     return _said(told) | _versions(report, {"converted with": "converting", "checked with": "checking"})
 
 
-def _compared_with(report: Mapping[str, Any]) -> dict[str, str]:
+def _compared_with(report: Content) -> dict[str, str]:
     """The reference recording, and what is known to be different from it whatever the weights."""
-    recorded: Mapping[str, Any] = (report.get("provenance") or {}).get("reference") or {}
-    told = {
-        "hash of the recording's inputs": (recorded.get("inputs_hash") or "")[:12],
-        "recording's texts": json.dumps(recorded["texts"], ensure_ascii=False) if "texts" in recorded else None,
-        "recording made on": recorded.get("device"),
-        "threshold": report.get("threshold"),
-        "known differences": ", ".join(known["id"] for known in report.get("known_differences") or []),
-        "attributes that differ": ", ".join(report.get("attribute_differences") or []),
+    told: dict[str, Any] = {}
+    if recorded := report.provenance and report.provenance.reference:
+        told |= {
+            "hash of the recording's inputs": recorded.inputs_hash[:12],
+            "recording's texts": json.dumps(plain(recorded.texts), ensure_ascii=False),
+            "recording made on": recorded.device,
+        }
+    told |= {
+        "threshold": report.threshold,
+        "known differences": ", ".join(known.id for known in report.known_differences),
+        "attributes that differ": ", ".join(report.attribute_differences),
     }
     return _said(told) | _versions(report, {"reference": "recording"})
 
 
-def _versions(report: Mapping[str, Any], roles: Mapping[str, str]) -> dict[str, str]:
-    versions: Mapping[str, Any] = report.get("versions") or {}
+def _versions(report: Content, roles: Mapping[str, str]) -> dict[str, str]:
     return {
         f"{library} ({word})": version
         for role, word in roles.items()
-        for library, version in versions.get(role, {}).items()
+        for library, version in report.versions.get(role, {}).items()
     }
 
 
@@ -332,6 +292,6 @@ def _said(told: Mapping[str, Any]) -> dict[str, str]:
     return {what: str(value) for what, value in told.items() if value not in (None, "")}
 
 
-def _weights_hash(report: Mapping[str, Any]) -> str:
-    made: Mapping[str, Any] = report.get("provenance") or report.get("weights") or {}
-    return made.get("weights_hash") or ""
+def _weights_hash(report: Content) -> str:
+    made = report.provenance or report.weights
+    return made.weights_hash if made else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 from blip2nb.display import plots
 from blip2nb.display.faults import Faults
 from blip2nb.display.figures import inside, one_position
+from blip2nb.forms import there
 from blip2nb.lavis_env import workbench
 from blip2nb.lavis_env.workbench import Sides
 from blip2nb.proof.evidence import heads_of
 from blip2nb.report.manifest import Manifest
 from blip2nb.report.runs import RunPaths
+from blip2nb.report.schema import Captions, Content, Examined, FirstDivergence
 from blip2nb.report.store import ReportData
 
 _VIEWS = {
@@ -54,10 +57,11 @@ class Explorer:
     def __init__(self, run: RunPaths):
         """Raises RequestError: the run has no report, or its behaviour was not compared."""
         self.run, self.report = run, run.report
-        self._variant = Manifest.read(run.model).model_variant
-        stages = [stage["name"] for stage in self.report["stages"]]
-        first = (self.report["first_divergence"] or {}).get("stage") or (stages[0] if stages else None)
-        images = len((self.report["captions"] or {}).get("ladder") or [None])
+        self._content = self.report.content
+        self._variant = Manifest.read(run.model).variant
+        stages = [stage.name for stage in self._content.stages]
+        first = self._content.first_stage or (stages[0] if stages else None)
+        images = len(self._content.captions.ladder) if self._content.captions else 1
         self.view = widgets.Dropdown(options=_VIEWS, description="show")
         self.stage = widgets.Dropdown(options=stages, value=first, description="stage")
         self.fed = widgets.Dropdown(options=_FED, value="lavis", description="transformers")
@@ -71,7 +75,7 @@ class Explorer:
             control.style.description_width = "7em"
             control.tooltip = _TOOLTIPS[control.description]
             control.observe(self._changed, "value")
-        places = [fault["stage"] for fault in self.report.content.get("faults") or []]
+        places = [fault.stage for fault in self._content.faults]
         self._faulty = [name for name in stages if name in places]
         self.next_fault = widgets.Button(description="next fault", disabled=not self._faulty)
         self.next_fault.layout.margin = "2px 2px 2px 1em"
@@ -88,10 +92,10 @@ class Explorer:
         return inside.draw(self._here, {}) if inside.available(self._here, {}) else None
 
     @property
-    def _here(self) -> dict[str, Any]:
+    def _here(self) -> Content:
         """The report with the faults of the chosen stage alone."""
-        faults = [one for one in self.report.content.get("faults") or [] if one["stage"] == self.stage.value]
-        return {**self.report.content, "faults": faults}
+        faults = tuple(one for one in self._content.faults if one.stage == self.stage.value)
+        return dataclasses.replace(self._content, faults=faults)
 
     def _go_on(self) -> None:
         stages = list(self.stage.options)
@@ -101,41 +105,49 @@ class Explorer:
     def figure(self) -> Any:
         """The figure for the controls as they are; None where there is none of such values."""
         name = self.view.value
-        if not self.report["stages"]:
+        if not self._content.stages:
             return None
-        report, arrays = self.report.content, self.report.arrays
+        report, arrays = self._content, self.report.arrays
         if name in _OF_STAGE:
-            report, arrays = self._examining(report), {**arrays, **self._examined()}
+            report, arrays = self._examining(), {**arrays, **self._examined()}
         if name == "captions":
-            report = self._of_image(report)
+            report = self._of_image(there(report.captions))
         if name == "one_position":
             return one_position.draw(report, arrays, position=self.token.value)
         return plots.FIGURES[name](report, arrays) if name in plots.available(report, arrays) else None
 
-    def _examining(self, report: Any) -> dict[str, Any]:
+    def _examining(self) -> Content:
         """The report as if the chosen stage were the one that was looked at closely."""
-        assert self.tensors is not None
-        chosen = next(stage for stage in report["stages"] if stage["name"] == self.stage.value)
-        first = report["first_divergence"]
-        here = first if first and first["stage"] == self.stage.value else next(iter(self._here["faults"]), None)
-        heads, channels = heads_of(self._variant, chosen["name"]), _flat(self.tensors.lavis).shape[1]
-        about = {"stage": chosen["name"], "heads": heads, "channels": channels, "channel_step": 1}
-        return {**report, "first_divergence": here, "examined": about}
+        name, first = self.stage.value, self._content.first_divergence
+        fault = next(iter(self._here.faults), None)
+        here = first if first and first.stage == name else None
+        if here is None and fault is not None:
+            cause = fault.causes[0].words if fault.causes else ""
+            errors = (fault.arrival_error, fault.local_error, fault.excess)
+            here = FirstDivergence(fault.stage, fault.module, fault.part, *errors, cause)
+        channels = _flat(there(self.tensors).lavis).shape[1]
+        about = Examined(name, heads_of(self._variant, name), channels=channels, channel_step=1)
+        return dataclasses.replace(self._content, first_divergence=here, examined=about)
 
     def _examined(self) -> dict[str, np.ndarray]:
-        assert self.tensors is not None
-        return {"examined/lavis": _flat(self.tensors.lavis), "examined/transformers": _flat(self.tensors.transformers)}
+        sides = there(self.tensors)
+        return {"examined/lavis": _flat(sides.lavis), "examined/transformers": _flat(sides.transformers)}
 
-    def _of_image(self, report: Any) -> dict[str, Any]:
+    def _of_image(self, said: Captions) -> Content:
         """The report with the captions of the chosen image alone."""
-        said, at = report["captions"], slice(self.image.value - 1, self.image.value)
-        sides = {side: {mode: texts[at] for mode, texts in said[side].items()} for side in ("lavis", "huggingface")}
-        modes = {mode: {**values, "equal": values["equal"][at]} for mode, values in said["modes"].items()}
-        return {**report, "captions": {**said, **sides, "modes": modes, "ladder": said["ladder"][at]}}
+        at = slice(self.image.value - 1, self.image.value)
+        alone = dataclasses.replace(
+            said,
+            lavis={mode: texts[at] for mode, texts in said.lavis.items()},
+            huggingface={mode: texts[at] for mode, texts in said.huggingface.items()},
+            modes={mode: dataclasses.replace(one, equal=one.equal[at]) for mode, one in said.modes.items()},
+            ladder=said.ladder[at],
+        )
+        return dataclasses.replace(self._content, captions=alone)
 
     def _changed(self, change: Any) -> None:
-        if not self.report["stages"]:
-            self._words.value = html.escape(self.report["summary"])
+        if not self._content.stages:
+            self._words.value = html.escape(self._content.summary)
             return
         if change is None or change["owner"] is self.stage:
             self._open_fault()
@@ -162,9 +174,9 @@ class Explorer:
 
     def _describe(self) -> str:
         """The chosen stage and token in numbers: what is behind the figure."""
-        assert self.tensors is not None
-        stage = next(one for one in self.report["stages"] if one["name"] == self.stage.value)
-        ours, theirs = (_flat(values)[self.token.value] for values in self.tensors)
+        sides = there(self.tensors)
+        stage = next(one for one in self._content.stages if one.name == self.stage.value)
+        ours, theirs = (_flat(values)[self.token.value] for values in sides)
         difference = theirs.astype(float) - ours.astype(float)
         most = np.argsort(-np.abs(difference))[:5]
         rows = "".join(
@@ -173,9 +185,9 @@ class Explorer:
         )
         text = html.escape(_token(self.report, self.stage.value, self.token.value))
         return (
-            f"<p><b>{html.escape(repr(self.tensors))}</b><br>LAVIS <code>{html.escape(stage['reference'])}</code>, "
-            f"transformers <code>{html.escape(stage['module'])}</code><br>"
-            f"The same arrays: <code>run.tensor({stage['name']!r}, fed={self.fed.value!r})</code></p>"
+            f"<p><b>{html.escape(repr(sides))}</b><br>LAVIS <code>{html.escape(stage.reference)}</code>, "
+            f"transformers <code>{html.escape(stage.module)}</code><br>"
+            f"The same arrays: <code>run.tensor({stage.name!r}, fed={self.fed.value!r})</code></p>"
             f"<p>Token {self.token.value}{text}, the channels where they differ most:</p>"
             f"<table>{_row('th', 'channel', 'LAVIS', 'transformers', 'difference')}{rows}</table>"
             "<p>Activations are recorded for the first image; the others have captions alone. On the keyboard, Alt+↓ "
@@ -192,7 +204,7 @@ class Explorer:
         return {**data, "image/png": png, "text/plain": repr(self)}, {"image/png": size}
 
     def __repr__(self) -> str:
-        return f"Explorer over {self.run.folder.name}: {len(self.report['stages'])} stages"
+        return f"Explorer over {self.run.folder.name}: {len(self._content.stages)} stages"
 
 
 def _row(tag: str, *cells: object) -> str:
@@ -214,7 +226,7 @@ def _worst_position(sides: Sides) -> int:
 
 def _token(report: ReportData, stage: str, position: int) -> str:
     """What stands at a position of a stage, where that is known."""
-    for part, texts in (report["sequences"] or {}).items():
+    for part, texts in (report.content.sequences or {}).items():
         if stage.startswith(part) and position < len(texts):
             return f" ({texts[position]!r})"
     return ""

@@ -7,12 +7,11 @@ import html
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Sequence
+from typing import TypeGuard
 
-from blip2nb.report.store import INFINITE
-
-Fault = Mapping[str, Any]
+from blip2nb.forms import INFINITE
+from blip2nb.report.schema import Cause, Content, Fault
 
 MOST_GROUPS = 5
 """So many groups are listed; after that they are counted."""
@@ -32,13 +31,13 @@ class Group:
         return self.faults[0]
 
     @property
-    def cause(self) -> Mapping[str, Any]:
-        return self.first["causes"][0]
+    def cause(self) -> Cause:
+        return self.first.causes[0]
 
     @property
-    def others(self) -> Sequence[Mapping[str, Any]]:
+    def others(self) -> Sequence[Cause]:
         """What else the first of them may come from, the likeliest first."""
-        return self.first["causes"][1:]
+        return self.first.causes[1:]
 
     @property
     def words(self) -> str:
@@ -64,36 +63,36 @@ def grouped(faults: Sequence[Fault]) -> list[Group]:
 
 def _key(fault: Fault) -> tuple[str, str]:
     """The likeliest cause, and where it is but for the numbers."""
-    cause = fault["causes"][0]
-    return cause["id"], re.sub(r"\d+", "#", cause["module"] or fault["module"])
+    cause = fault.causes[0]
+    return cause.id, re.sub(r"\d+", "#", cause.module or fault.module)
 
 
-def said(fault: Fault, cause: Mapping[str, Any]) -> str:
+def said(fault: Fault, cause: Cause) -> str:
     """A cause in words, without the name of the fault's module."""
-    return cause["words"].replace(f"{fault['module']}.", "") if fault["module"] else cause["words"]
+    return cause.words.replace(f"{fault.module}.", "") if fault.module else cause.words
 
 
 def where(fault: Fault) -> str:
     """The stage; a weight that no stage computes with has none."""
-    return fault["stage"] or "the weights"
+    return fault.stage or "the weights"
 
 
 def size(fault: Fault) -> str:
     """How large a fault is, in words."""
-    if _measured(fault["excess"]):
-        return f"{number(fault['excess'], '.3g')} × its own rounding"
-    if _measured(fault["arrival_error"]):
-        return f"off by {number(fault['arrival_error'], '.2g')} on arrival"
-    return "not a number" if fault["inside"] else "seen in the weights alone"
+    if _measured(fault.excess):
+        return f"{number(fault.excess, '.3g')} × its own rounding"
+    if _measured(fault.arrival_error):
+        return f"off by {number(fault.arrival_error, '.2g')} on arrival"
+    return "not a number" if fault.inside else "seen in the weights alone"
 
 
-def outcome(cause: Mapping[str, Any]) -> str:
+def outcome(cause: Cause) -> str:
     """What the counter-test gave: "with eps 1e-06: 2.6e-05 → 0.0e+00, passed"; "" where there was none."""
-    test = cause["counter_test"]
+    test = cause.counter_test
     if test is None:
         return ""
-    before, after = (number(value, ".1e") for value in test["local_error"])
-    return f"{test['change']}: {before} → {after}, {'passed' if test['passed'] else 'more than rounding is left'}"
+    before, after = (number(value, ".1e") for value in test.local_error)
+    return f"{test.change}: {before} → {after}, {'passed' if test.passed else 'more than rounding is left'}"
 
 
 def number(value: float | None, form: str) -> str:
@@ -111,21 +110,21 @@ class Faults:
     """All faults of a report; as text in a terminal, as a table in a notebook.
 
     Attributes:
-        report: as in report.json, or `Comparison.report()`.
+        report: a whole one, or what `proof.rows.of_comparison` makes of a comparison.
     """
 
-    report: Mapping[str, Any] = dataclasses.field(repr=False)
+    report: Content = dataclasses.field(repr=False)
 
     @property
     def groups(self) -> list[Group]:
-        return grouped(self.report.get("faults") or [])
+        return grouped(self.report.faults)
 
     def lines(self) -> list[str]:
         """Two lines for each group and one for those left out; none where there is no fault."""
         lines = []
         for group in self.groups[:MOST_GROUPS]:
             fault, test = group.first, outcome(group.cause)
-            lines.append(f"{fault['part']} {fault['module']} ({where(fault)}, {size(fault)})")
+            lines.append(f"{fault.part} {fault.module} ({where(fault)}, {size(fault)})")
             lines.append(f"  {group.words_with_more}{f'; {test}' if test else ''}")
         return lines + ([self._rest] if self._rest else [])
 
@@ -146,11 +145,11 @@ class Faults:
         return "\n".join(self.lines()) or self._none()
 
     def _none(self) -> str:
-        stages, weights = self.report["stages"], self.report.get("weights")
-        looked = [f"the {weights['written']} tensors that were written"] if weights else []
+        stages, weights = self.report.stages, self.report.weights
+        looked = [f"the {weights.written} tensors that were written"] if weights else []
         if stages:
             looked.append(f"{len(stages)} places, each fed what the reference was fed")
-        known = [one["words"] for one in self.report.get("known_differences") or [] if one["explains"]]
+        known = [one.words for one in self.report.known_differences if one.explains]
         but = f" but for what is known ({', '.join(known)})" if known else ""
         alone = "" if stages else "; behaviour was not compared"
         return f"No fault{but}: looked at were {' and '.join(looked)}{alone}."
@@ -159,8 +158,8 @@ class Faults:
 def _row(group: Group) -> str:
     fault = group.first
     cells = (
-        f"{html.escape(fault['part'])}, {html.escape(size(fault))}",
-        f"{html.escape(where(fault))}<br><code>{html.escape(fault['module'])}</code>",
+        f"{html.escape(fault.part)}, {html.escape(size(fault))}",
+        f"{html.escape(where(fault))}<br><code>{html.escape(fault.module)}</code>",
         html.escape(group.words_with_more) + _others(group),
         html.escape(outcome(group.cause)) or "–",
     )
@@ -170,6 +169,6 @@ def _row(group: Group) -> str:
 def _others(group: Group, most: int = 2) -> str:
     items = ""
     for cause in group.others[:most]:
-        test = f" ({outcome(cause)})" if cause["counter_test"] else ""
+        test = f" ({outcome(cause)})" if cause.counter_test else ""
         items += f"<li>{html.escape(said(group.first, cause) + test)}</li>"
     return f"<details><summary>or else</summary><ul>{items}</ul></details>" if items else ""

@@ -9,7 +9,7 @@ import base64
 import dataclasses
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from blip2nb.display import faults, plots, templates, text
 from blip2nb.display.figures.depth import Depth
 from blip2nb.display.figures.style import Arrays, Report, rasterise
 from blip2nb.display.figures.words import as_bytes, as_count, as_number, as_percent, as_times
+from blip2nb.forms import there
+from blip2nb.report import schema
 from blip2nb.whole import write_whole
 
 MOST_ROWS = 200
@@ -57,19 +59,19 @@ def render(
     template = templates.template("page.html.j2", number=as_number, bytes=as_bytes, count=as_count, cell=_cell)
     return template.render(
         report=report,
-        words=text.VERDICTS[report["verdict"]],
-        behaviour=report["proof"] == "both",
+        words=text.VERDICTS[report.verdict],
+        behaviour=report.proof == "both",
         meaning=meaning(report),
-        problems=problems(report["weights"]),
+        problems=problems(there(report.weights)),
         usage=text.program(report),
         completion=text.completion(report),
         numbers=text.numbers(report),
         figures=list(_figures(report, arrays, drawn or {}, phone or {})),
         faults=[_fault(group) for group in faults.Faults(report).groups],
-        stages=_stages(report) if report["stages"] else [],
-        names=_names(report["weights"]["names"]),
-        files=_files(report["provenance"]["files"]),
-        packages=sorted({package for found in report["versions"].values() for package in found}),
+        stages=_stages(report) if report.stages else [],
+        names=_names(there(report.weights).names),
+        files=_files(there(report.provenance).files),
+        packages=sorted({package for found in report.versions.values() for package in found}),
         commands=text.commands(report),
         most_rows=MOST_ROWS,
     )
@@ -81,81 +83,80 @@ def render(
 def meaning(report: Report) -> list[tuple[str, str]]:
     """Answers to what its owner asks first, as (question, answer)."""
     answers = [("Is it safe to ship?", _safe(report))]
-    if report["proof"] == "both":
+    if report.proof == "both":
         answers += [
-            ("What about my logits?", _about_logits(report["logits"])),
+            ("What about my logits?", _about_logits(there(report.logits))),
             ("What about my captions?", _about_captions(report)),
-            ("What about my images?", _about_pixels(report["pixel_values"])),
+            ("What about my images?", _about_pixels(there(report.pixel_values))),
         ]
     return answers
 
 
 def _safe(report: Report) -> str:
-    if report["verdict"] == "match":
+    if report.verdict == "match":
         return "Yes. It is the model that LAVIS runs."
-    if report["verdict"] == "incomplete" and any(one["proof"] == "weights" for one in report["incomplete"]):
+    if report.verdict == "incomplete" and any(one.proof == "weights" for one in report.incomplete):
         return "Not proven. What the weights could be compared with is missing, as is said below."
-    if report["verdict"] == "incomplete" and report["proof"] == "weights":
+    if report.verdict == "incomplete" and report.proof == "weights":
         return (
             "The weights are LAVIS's. Whether the model also computes with them what LAVIS computes was not looked at: "
             "layers, logits and captions are not proven."
         )
-    if report["verdict"] == "incomplete":
+    if report.verdict == "incomplete":
         return "Not proven in full. No fault was found in what was judged; what was not judged is listed below."
-    if report["verdict"] == "diverges":
+    if report.verdict == "diverges":
         return "No, not before what is said below is understood."
-    if report["captions"]["equal"] and report["logits"]["top1_agreement"] == 1:
+    if there(report.captions).equal and there(report.logits).top1_agreement == 1:
         return "Yes, as it is. With the line below, set after loading, the difference is gone too."
     return "Yes, with the line below, set after loading. Without it, some of its words are not LAVIS's."
 
 
-def _about_logits(logits: Mapping[str, Any]) -> str:
+def _about_logits(logits: schema.Logits) -> str:
     words = (
-        f"On the same image and text they differ from LAVIS's by {as_number(logits['relative'])} of their size, at "
-        f"most by {as_number(logits['max_abs'])}. The likeliest next token is the same at "
-        f"{as_percent(logits['top1_agreement'])} of the positions."
+        f"On the same image and text they differ from LAVIS's by {as_number(logits.relative)} of their size, at "
+        f"most by {as_number(logits.max_abs)}. The likeliest next token is the same at "
+        f"{as_percent(logits.top1_agreement)} of the positions."
     )
-    if "fixed" in logits:
-        words += f" With the remedy below they differ by {as_number(logits['fixed']['relative'])}."
+    if logits.fixed is not None:
+        words += f" With the remedy below they differ by {as_number(logits.fixed.relative)}."
     return words
 
 
 def _about_captions(report: Report) -> str:
-    captions = report["captions"]
-    equal = {mode: sum(found["equal"]) for mode, found in captions["modes"].items()}
-    count = len(captions["modes"]["greedy"]["equal"])
+    captions = there(report.captions)
+    equal = {mode: sum(found.equal) for mode, found in captions.modes.items()}
+    count = len(captions.modes["greedy"].equal)
     words = (
         f"Of {as_count(count, 'image')}, {equal['greedy']} get the same caption in every token when decoded greedily, "
         f"{equal['beams']} with five beams, {equal['default']} with LAVIS's own settings."
     )
-    reasons = [one["words"] for one in report["known_differences"] if "captions.default" in one["explains"]]
+    reasons = [one.words for one in report.known_differences if "captions.default" in one.explains]
     if reasons:
         words += f" The last differ for a known reason, {reasons[0]}; see below."
-    if report["random_weights"]:
+    if report.random_weights:
         words += " The weights are random, so the captions are noise on purpose."
     return words
 
 
-def _about_pixels(pixels: Mapping[str, Any]) -> str:
-    if not pixels["equal"]:
-        return f"Their pixel values differ from LAVIS's by up to {as_number(pixels['max_abs'])}."
+def _about_pixels(pixels: schema.Pixels) -> str:
+    if not pixels.equal:
+        return f"Their pixel values differ from LAVIS's by up to {as_number(pixels.max_abs)}."
     words = 'With the processor loaded as below (backend="pil") their pixel values are LAVIS\'s, bit for bit.'
-    other = pixels.get("default") or {}
-    if other.get("share"):
-        words += f" The default one gives other values for {as_percent(other['share'])} of them."
+    if pixels.default.share:
+        words += f" The default one gives other values for {as_percent(pixels.default.share)} of them."
     return words
 
 
-def problems(weights: Mapping[str, Any]) -> list[str]:
+def problems(weights: schema.Weights) -> list[str]:
     """What is wrong with the weights, a line each."""
     whole = {"missing": "is missing", "unexpected": "does not belong to the model", "misshapen": "has another shape"}
-    found = [f"{name} {words}" for key, words in whole.items() for name in weights.get(key, [])]
-    back = [f"{name} does not go back to what was read" for name in weights.get("roundtrip_differences", [])]
-    return found + back + list(weights.get("modules_different", []))
+    found = [f"{name} {words}" for key, words in whole.items() for name in getattr(weights, key)]
+    back = [f"{name} does not go back to what was read" for name in weights.roundtrip_differences]
+    return found + back + list(weights.modules_different)
 
 
-def _files(files: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    return [(one["name"], as_bytes(one["bytes"])) for one in files]
+def _files(files: Sequence[schema.ReadFile]) -> list[tuple[str, str]]:
+    return [(one.name, as_bytes(one.bytes)) for one in files]
 
 
 # -- what goes wrong
@@ -164,39 +165,40 @@ def _files(files: list[Mapping[str, Any]]) -> list[tuple[str, str]]:
 def _fault(group: faults.Group) -> dict[str, Any]:
     """What the page says of faults of one cause: of the first all that was found, of the others where they are."""
     first = group.first
-    opened = next((fault for fault in group.faults if len(fault["inside"]) > 1), None)
+    opened = next((fault for fault in group.faults if len(fault.inside) > 1), None)
     return {
-        **{key: first[key] for key in ("part", "module")},
+        "part": first.part,
+        "module": first.module,
         "where": faults.where(first),
         "size": faults.size(first),
         "words": group.words_with_more,
         "tested": faults.outcome(group.cause),
-        "evidence": group.cause["evidence"],
-        "others": [(faults.said(first, one), one["evidence"], faults.outcome(one)) for one in group.others],
+        "evidence": group.cause.evidence,
+        "others": [(faults.said(first, one), one.evidence, faults.outcome(one)) for one in group.others],
         "opened": opened and faults.where(opened),
-        "inside": [_look(place) for place in opened["inside"]] if opened else [],
+        "inside": [_look(place) for place in opened.inside] if opened else [],
         "places": [_place(fault) for fault in group.faults],
     }
 
 
-def _look(place: Mapping[str, Any]) -> dict[str, Any]:
+def _look(place: schema.Place) -> dict[str, Any]:
     """A row for one place inside a stage."""
-    still = place["local_error"] == 0
-    handed_on = still and place["rounding"] == 0
+    still = place.local_error == 0
+    handed_on = still and place.rounding == 0
     return {
-        "what": f"{place['part']}, on the way" if place["at"] == "in" else place["part"],
-        "module": place["module"],
-        "error": faults.number(place["local_error"], ".1e"),
-        "times": "–" if handed_on else faults.number(place["excess"], ".3g"),
-        "wrong": place["faulty"],
-        "finding": "FAULT" if place["faulty"] else "bit-equal" if still else "rounding alone",
+        "what": f"{place.part}, on the way" if place.at == "in" else place.part,
+        "module": place.module,
+        "error": faults.number(place.local_error, ".1e"),
+        "times": "–" if handed_on else faults.number(place.excess, ".3g"),
+        "wrong": place.faulty,
+        "finding": "FAULT" if place.faulty else "bit-equal" if still else "rounding alone",
     }
 
 
-def _place(fault: Mapping[str, Any]) -> tuple[str, ...]:
+def _place(fault: schema.Fault) -> tuple[str, ...]:
     """A row for one of many faults of one cause."""
-    cause = fault["causes"][0]
-    named = (faults.where(fault), fault["part"], fault["module"])
+    cause = fault.causes[0]
+    named = (faults.where(fault), fault.part, fault.module)
     return (*named, faults.size(fault), faults.said(fault, cause), faults.outcome(cause) or "–")
 
 
@@ -374,12 +376,14 @@ def _cell(value: Any) -> str:
 def _stages(report: Report) -> list[dict[str, Any]]:
     """A row for each stage, numbers as text, what it comes to in words."""
     depth, rows = Depth.of(report), []
-    for place, stage in enumerate(report["stages"]):
-        error = stage["arrival_error"] if depth.junction[place] else stage["local_error"]
+    for place, stage in enumerate(report.stages):
+        error = stage.arrival_error if depth.junction[place] else stage.local_error
         rows.append(
             {
-                **{key: stage[key] for key in ("name", "reference", "module")},
-                "drift": as_number(stage["drift"]),
+                "name": stage.name,
+                "reference": stage.reference,
+                "module": stage.module,
+                "drift": as_number(stage.drift),
                 "error": as_number(error) + (" on arrival" if depth.junction[place] else ""),
                 "times": "–" if math.isnan(depth.excess[place]) else as_times(depth.excess[place]),
                 "wrong": bool(depth.wrong[place] or depth.broken[place]),
@@ -391,14 +395,14 @@ def _stages(report: Report) -> list[dict[str, Any]]:
 
 def _finding(report: Report, depth: Depth, place: int) -> str:
     name = depth.names[place]
-    causes = [one["words"] for one in report["known_differences"] if name in one["explains"]]
+    causes = [one.words for one in report.known_differences if name in one.explains]
     if depth.broken[place]:
         return "FAULT: not a number"
     if depth.wrong[place]:
         what = "does not arrive as in LAVIS" if depth.junction[place] else "more than rounding"
         return f"FAULT: {what}{f' ({causes[0]})' if causes else ''}"
     if depth.unjudged[place]:
-        return f"NOT JUDGED: its float64 run failed ({report['stages'][place]['referee_error']})"
+        return f"NOT JUDGED: its float64 run failed ({report.stages[place].referee_error})"
     own = depth.arrival_error if depth.junction[place] else depth.local_error
     return "bit-equal" if own[place] == 0 else "rounding alone"
 
@@ -413,7 +417,7 @@ _DONE = {
 }
 
 
-def _names(rows: list[list[Any]]) -> dict[str, Any]:
+def _names(rows: Sequence[tuple[tuple[str, ...], str, str, tuple[int, ...], str]]) -> dict[str, Any]:
     """The rows of the table of names, and how many there are of each operation."""
     shown = [
         (sources, target or "–", _DONE.get(kind, kind), " × ".join(map(str, shape)) or "–", file or "–")

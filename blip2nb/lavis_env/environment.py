@@ -20,6 +20,21 @@ class Lavis:
     kernel: str | None
 
 
+@dataclasses.dataclass(frozen=True)
+class LavisOptions:
+    """Which LAVIS is to record, and how.
+
+    Attributes:
+        python: of an environment with LAVIS; "" for the one that is found, "none" for none.
+        device: "cpu" or a GPU's name.
+        notebook: run notebooks/lavis.ipynb on LAVIS's kernel instead of the bare script.
+    """
+
+    python: str | Path = ""
+    device: str = "cpu"
+    notebook: bool = False
+
+
 def find_lavis(lavis_python: str | Path = "") -> Lavis | None:
     """The LAVIS environment to use: the one given, $BLIP2NB_LAVIS_PYTHON, the Jupyter kernel `lavis`, or .venv-lavis.
     "none" does without, even where there is one.

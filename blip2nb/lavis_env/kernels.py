@@ -257,7 +257,7 @@ def _check_lengths(opened: Opened, chosen: inputs.Chosen) -> None:
 
 
 def _run_script(where: Lavis, folder: Path, progress: Callable[[str], None]) -> None:
-    """RunPaths the recorder. It does not outlive this call, whatever ends it, nor this process: see attended.py."""
+    """Run the recorder. It does not outlive this call, whatever ends it, nor this process: see attended.py."""
     command = [str(where.python), "attended.py", "record_lavis.py", "request.json"]
     variables = {**os.environ, "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     variables["TMPDIR"] = str(folder)  # so that all it leaves goes with the folder

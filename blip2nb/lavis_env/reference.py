@@ -13,8 +13,8 @@ from blip2nb.families.captioners.inputs import Chosen, demo_hash
 from blip2nb.families.captioners.stages import stages
 from blip2nb.lavis_env.environment import Lavis, find_lavis
 from blip2nb.report.manifest import Manifest
-from blip2nb.report.runs import RunPaths
-from blip2nb.report.store import Missing
+from blip2nb.report.runs import Origin, RunPaths
+from blip2nb.report.schema import Missing
 from blip2nb.trace.stage import places
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant
@@ -41,7 +41,7 @@ def find_tape(run: RunPaths, manifest: Manifest, chosen: Chosen | None = None) -
     Args:
         chosen: the images and texts, where they are not the demo's.
     """
-    model = manifest.model_variant
+    model = manifest.variant
     wanted = {"source_hash": manifest.weights_hash, "inputs_hash": _hash_of(model, chosen)}
     for path in (run.tape_path, shipped_tape(model)) if chosen is None else (images_tape(run),):
         if path.is_file():
@@ -72,7 +72,7 @@ def given_tape(path: Path, manifest: Manifest, chosen: Chosen | None = None) -> 
             f"{path} was recorded on other weights (of {tape.metadata['model']}) than this model was converted from. "
             f"{again}"
         )
-    if chosen is not None and tape.metadata["inputs_hash"] != chosen.inputs_hash(manifest.model_variant):
+    if chosen is not None and tape.metadata["inputs_hash"] != chosen.inputs_hash(manifest.variant):
         raise RequestError(f"{path} was recorded on other images or texts. Leave out images and texts, or the tape.")
     unrecorded = _unrecorded(tape, manifest)
     if unrecorded:
@@ -89,7 +89,7 @@ def open_tape(path: Path) -> Tape:
 
 
 def _unrecorded(tape: Tape, manifest: Manifest) -> list[str]:
-    return [place for place in places(stages(manifest.model_variant)) if place not in tape]
+    return [place for place in places(stages(manifest.variant)) if place not in tape]
 
 
 def can_compare(proof: str, manifest: Manifest) -> bool:
@@ -100,7 +100,7 @@ def can_compare(proof: str, manifest: Manifest) -> bool:
     """
     if proof == "weights":
         return False
-    short = memory_short(manifest.model_variant)
+    short = memory_short(manifest.variant)
     if short and proof == "both":
         raise RequestError(f"{short} Use a larger machine, or proof weights.")
     if short:
@@ -110,7 +110,7 @@ def can_compare(proof: str, manifest: Manifest) -> bool:
 
 def why_not_compared(proof: str, manifest: Manifest) -> Missing:
     """Why a verification has no recording to compare with."""
-    short = memory_short(manifest.model_variant)
+    short = memory_short(manifest.variant)
     id, why = "no_lavis", "no recording of LAVIS fits it, and there is no environment with LAVIS to make one."
     if proof == "weights":
         id, why = "not_asked", "the weights alone were asked for."
@@ -141,7 +141,7 @@ def require_lavis(lavis_python: str | Path, model: Variant) -> Lavis:
 def report_holds(run: RunPaths, lavis_python: str | Path = "", chosen: Chosen | None = None) -> bool:
     """Whether the run's report is of its model as it stands, by these versions, on the demo's inputs or those that were
     chosen, and as complete as it can be here."""
-    from blip2nb.proof.verify import state, versions
+    from blip2nb.proof.provenance import state, versions
 
     if not (run.folder / "report.json").is_file():
         return False
@@ -151,35 +151,35 @@ def report_holds(run: RunPaths, lavis_python: str | Path = "", chosen: Chosen | 
     except RequestError as error:
         log.info("%s", error)
         return False
-    provenance = report.get("provenance") or {}
-    same = provenance.get("state") == state(run.model)
-    shown = (provenance.get("reference") or {}).get("inputs_hash")
-    if shown is not None and shown != _hash_of(manifest.model_variant, chosen):
+    made = report.provenance
+    same = made is not None and made.state == state(run.model)
+    recorded = made.reference if made is not None else None
+    if recorded is not None and recorded.inputs_hash != _hash_of(manifest.variant, chosen):
         log.info("the report of %s is of other images or texts", run.folder.name)
         return False
-    if not same or report["versions"].get("checked with") != versions():
+    if not same or report.versions.get("checked with") != versions():
         return False
-    if any(one["id"] in ("weights", "stages", "images", "captions") for one in report["incomplete"]):
+    if any(one.id in ("weights", "stages", "images", "captions") for one in report.incomplete):
         return False  # the source or the memory may be there by now
     return (
-        report["proof"] == "both"
+        report.proof == "both"
         or not can_compare("auto", manifest)
         or (find_tape(run, manifest, chosen) is None and find_lavis(lavis_python) is None)
     )
 
 
-def again(run: RunPaths, manifest: Manifest, source: str | Path) -> str:
+def again(run: RunPaths, manifest: Manifest, origin: Origin) -> str:
     """The command that verifies a run once more, where something could not be judged."""
     words = ["blip2nb", "verify", str(run.model), "--proof", "both", "--output", str(run.folder)]
     if manifest.dtype in LOSSY:
-        words += ["--source", str(source) or "SOURCE"]
+        words += ["--source", origin.source or "SOURCE"]
     return shlex.join(words)
 
 
-def completion(run: RunPaths, manifest: Manifest, source: str | Path, base: str | Path = "") -> str:
+def completion(run: RunPaths, manifest: Manifest, origin: Origin) -> str:
     """The commands that add the second proof to a run that has only the first."""
-    words = ["blip2nb", "capture", manifest.model, *(["--source", str(source)] if source else [])]
-    words += ["--base", str(base)] if base else []
+    words = ["blip2nb", "capture", manifest.model, *(["--source", origin.source] if origin.source else [])]
+    words += ["--base", origin.base] if origin.base else []
     words += ["--output", str(run.tape_path)]
     again = ["blip2nb", "verify", str(run.model), "--tape", str(run.tape_path), "--output", str(run.folder)]
     return f"{shlex.join(words)} && {shlex.join(again)}"

@@ -24,7 +24,8 @@ from blip2nb.families.captioners.stages import stages
 from blip2nb.lavis_env import reference
 from blip2nb.lavis_env.environment import find_lavis
 from blip2nb.lavis_env.session import LavisModule, LavisSession
-from blip2nb.proof.verify import state, tape_images, versions
+from blip2nb.proof.behaviour import tape_images
+from blip2nb.proof.provenance import state, versions
 from blip2nb.report.manifest import Manifest
 from blip2nb.report.runs import RunPaths
 from blip2nb.trace.comparison import compare
@@ -136,7 +137,7 @@ def workbench(run: RunPaths) -> Workbench:
         release()
         tape = reference.find_tape(run, manifest)
         if tape is None:
-            again = reference.completion(run, manifest, run.source, run.base) or f"blip2nb capture {manifest.model}"
+            again = reference.completion(run, manifest, run.origin) or f"blip2nb capture {manifest.model}"
             raise RequestError(f"There is no recording of LAVIS that fits {run.folder.name}. Make one: {again}")
         _OPEN[key] = Workbench(run, key[-1], manifest, tape)
     return _OPEN[key]
@@ -147,7 +148,7 @@ class Workbench:
 
     def __init__(self, run: RunPaths, state: str, manifest: Manifest, tape: Tape):
         self.run, self.manifest, self.tape = run, manifest, tape
-        self.stages = {stage.name: stage for stage in stages(manifest.model_variant)}
+        self.stages = {stage.name: stage for stage in stages(manifest.variant)}
         source = tape.metadata["source_hash"]
         self._of = {"state": state, "source": source, "inputs": tape.metadata["inputs_hash"], "versions": versions()}
         self._session: LavisSession | None = None
@@ -168,7 +169,7 @@ class Workbench:
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
         image = tape_images(self.tape)[0]
-        return huggingface.forward_inputs(self.loaded, self.manifest.model_variant, image, self.tape.metadata["texts"])
+        return huggingface.forward_inputs(self.loaded, self.manifest.variant, image, self.tape.metadata["texts"])
 
     @functools.cached_property
     def activations(self) -> Tape:
@@ -204,8 +205,9 @@ class Workbench:
         if self._session is None or not self._session.alive:
             self.close()
             log.info("starting LAVIS in a kernel of its own")
-            opened = open_source(self.manifest.model_variant, self.run.source, self.run.base)
-            session = LavisSession(environment, opened, self.run.source)
+            origin = self.run.origin
+            opened = open_source(self.manifest.variant, origin.source, origin.base)
+            session = LavisSession(environment, opened, origin.source)
             if session.source_hash != self.manifest.weights_hash:
                 session.close()
                 raise RequestError(

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 
 from blip2nb.families.captioners import configuration, huggingface
-from blip2nb.families.captioners.mapping import entries
-from blip2nb.report.manifest import Manifest
+from blip2nb.report import schema
 from blip2nb.trace.comparison import Comparison
 from blip2nb.trace.metrics import kl_per_position
 from blip2nb.trace.stage import Stage
@@ -28,35 +27,16 @@ if TYPE_CHECKING:
     from blip2nb.trace.tape import Tape
 
 Arrays = dict[str, np.ndarray]
+Recorded: TypeAlias = "Tape | Mapping[str, torch.Tensor]"
 
 EXAMINED_VALUES = 1_500_000
 """At most so many values of each side are kept of the stage that is looked at closely: 6 MB."""
 
 
-# -- the weights
-
-
-def names(manifest: Manifest) -> list[list[Any]]:
-    """The whole mapping as it was applied: [names in LAVIS, name in transformers or "", what was done, shape, file].
-
-    The file is the one the first of the tensors was read from, "" where it was not in any.
-    """
-    held = {*manifest.parameters, *manifest.tied, *manifest.dropped}
-    rows = []
-    for entry in entries(manifest.model_variant):
-        if entry.optional and entry.sources[0] not in held:
-            continue
-        written = "" if entry.optional else entry.target or ""
-        origin = manifest.origins.get(entry.sources[0], "")
-        rows.append([list(entry.sources), written, entry.kind, list(entry.shape), origin])
-    rows += [[[name], "", "Unused", [], ""] for name in manifest.unused]
-    return rows
-
-
 # -- the inputs
 
 
-def pixels(folder: Path, tape: Tape, pil: torch.Tensor, image: Image) -> tuple[dict[str, Any], Arrays]:
+def pixels(folder: Path, tape: Tape, pil: torch.Tensor, image: Image) -> tuple[schema.Pixels, Arrays]:
     """The PIL processor's pixels, which must be LAVIS's, and the default one's, whose difference is shown."""
     from transformers import AutoProcessor
 
@@ -69,19 +49,21 @@ def pixels(folder: Path, tape: Tape, pil: torch.Tensor, image: Image) -> tuple[d
     levels = {name: ((expected - value)[0] * std * 255).round() for name, value in fits.items()}
     shown = ((expected[0] * std + mean) * 255).round().to(torch.uint8).permute(1, 2, 0)
     arrays = {f"pixels/{name}": value.clamp(-127, 127).to(torch.int8).numpy() for name, value in levels.items()}
-    return {
-        "max_abs": (pil - expected).abs().max().item() if "pil" in fits else math.inf,
-        "equal": torch.equal(pil, expected),
-        "default": {
-            "processor": type(default.image_processor).__name__,
-            "max_abs": (other - expected).abs().max().item() if "default" in fits else math.inf,
-            "share": (levels["default"] != 0).double().mean().item() if "default" in fits else 1.0,
-            "grey_levels": int(levels["default"].abs().max()) if "default" in fits else 255,
-        },
-    }, arrays | {"pixels/image": shown.numpy().copy()}
+    return schema.Pixels(
+        max_abs=(pil - expected).abs().max().item() if "pil" in fits else math.inf,
+        equal=torch.equal(pil, expected),
+        default=schema.DefaultPixels(
+            processor=type(default.image_processor).__name__,
+            max_abs=(other - expected).abs().max().item() if "default" in fits else math.inf,
+            share=(levels["default"] != 0).double().mean().item() if "default" in fits else 1.0,
+            grey_levels=int(levels["default"].abs().max()) if "default" in fits else 255,
+        ),
+    ), arrays | {"pixels/image": shown.numpy().copy()}
 
 
-def sequences(loaded: huggingface.Loaded, variant: Variant, tape: Tape, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def sequences(
+    loaded: huggingface.Loaded, variant: Variant, tape: Recorded, inputs: Mapping[str, Any]
+) -> dict[str, tuple[str, ...]]:
     """What stands at each position, as text, by the part of the network whose stages have those positions.
 
     OPT has "language"; T5 "language.encoder" and "language.decoder". The queries' places are "<image>".
@@ -90,9 +72,9 @@ def sequences(loaded: huggingface.Loaded, variant: Variant, tape: Tape, inputs: 
     texts = [decode([token]) for token in inputs["input_ids"][0].tolist()]
     texts[: variant.qformer.queries] = ["<image>"] * variant.qformer.queries
     if variant.language.kind == "opt":
-        return {"language": texts}
+        return {"language": tuple(texts)}
     started = tape[f"{variant.language_prefix}.decoder:input_ids"][0].tolist()
-    return {"language.encoder": texts, "language.decoder": [decode([token]) for token in started]}
+    return {"language.encoder": tuple(texts), "language.decoder": tuple(decode([token]) for token in started)}
 
 
 # -- the activations
@@ -122,15 +104,15 @@ def token_errors(comparison: Comparison) -> Arrays:
 
 
 def examined(
-    comparison: Comparison, stages: Sequence[Stage], tape: Tape, variant: Variant, first: Mapping[str, Any] | None
-) -> tuple[dict[str, Any] | None, Arrays]:
+    comparison: Comparison, stages: Sequence[Stage], tape: Tape, variant: Variant, first: schema.FirstDivergence | None
+) -> tuple[schema.Examined | None, Arrays]:
     """Both models' values at the first divergence, or, where there is none, at the stage whose error is the largest
     multiple of its rounding: `examined/lavis` and `examined/transformers`, (positions, channels) float32.
 
     They are the stage's output when it is fed LAVIS's inputs; of a place where something arrives, what arrived. Where
     that would be more than EXAMINED_VALUES, every n-th channel is kept, and `channel_step` is n.
     """
-    name: str = first["stage"] if first else _worst(comparison)
+    name = first.stage if first else _worst(comparison)
     stage = next((stage for stage in stages if stage.name == name), None)
     if stage is None:
         return None, {}
@@ -140,7 +122,7 @@ def examined(
     pair = [value[0].float().reshape(value.shape[1], -1) for value in (ours, theirs)]
     step = -(-pair[0].numel() // EXAMINED_VALUES)
     kept = [value[:, ::step].contiguous().cpu().numpy() for value in pair]
-    about = {"stage": name, "heads": heads_of(variant, name), "channels": pair[0].shape[1], "channel_step": step}
+    about = schema.Examined(name, heads_of(variant, name), channels=pair[0].shape[1], channel_step=step)
     return about, {"examined/lavis": kept[0], "examined/transformers": kept[1]}
 
 
@@ -157,7 +139,7 @@ def heads_of(variant: Variant, stage: str) -> int | None:
     return heads[stage.split(".")[0]]
 
 
-def fusion(candidate: torch.nn.Module, tape: Tape) -> tuple[dict[str, Any], Arrays]:
+def fusion(candidate: torch.nn.Module, tape: Tape) -> tuple[schema.Fusion, Arrays]:
     """What a key bias does to block 0's attention, and, for contrast, what a query bias of the same size does."""
     block = candidate.get_submodule("vision_model.encoder.layers.0")
     bias = block.self_attn.qkv.bias
@@ -174,7 +156,7 @@ def fusion(candidate: torch.nn.Module, tape: Tape) -> tuple[dict[str, Any], Arra
             bias[rows] -= noise
         bias.copy_(torch.from_numpy(fused))  # adding and taking away may round
     arrays = {"query": fused[:width].copy(), "value": fused[2 * width :].copy(), "fused": fused}
-    return {"block": 0, **effects}, {f"fusion/{name}": array for name, array in arrays.items()}
+    return schema.Fusion(block=0, **effects), {f"fusion/{name}": array for name, array in arrays.items()}
 
 
 # -- what the model says
@@ -195,12 +177,11 @@ def logits(found: torch.Tensor, expected: torch.Tensor) -> Arrays:
     }
 
 
-def ladder(loaded: huggingface.Loaded, ours: Iterable[list], theirs: Iterable[list]) -> list[dict[str, list]]:
-    """Both models' greedy captions token by token, an item an image: `lavis` and `transformers`, each a list of
-    [token, its log-probability, the runner-up, its log-probability], in nats."""
+def ladder(loaded: huggingface.Loaded, ours: Iterable[list], theirs: Iterable[list]) -> tuple[schema.Ladder, ...]:
+    """Both models' greedy captions token by token, an item an image."""
     decode = loaded.processor.tokenizer.decode
 
-    def words(steps: list) -> list:
-        return [[decode([token]), chosen, decode([other]), second] for token, chosen, other, second in steps]
+    def words(steps: list) -> tuple[schema.Step, ...]:
+        return tuple((decode([token]), chosen, decode([other]), second) for token, chosen, other, second in steps)
 
-    return [{"lavis": words(a), "transformers": words(b)} for a, b in zip(ours, theirs, strict=True)]
+    return tuple(schema.Ladder(words(a), words(b)) for a, b in zip(ours, theirs, strict=True))

@@ -3,42 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 
 from blip2nb.conversion.files import Opened
-from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.families.captioners.mapping import entries
 from blip2nb.families.captioners.stages import parameter_pairs
-from blip2nb.report.manifest import Manifest
+from blip2nb.proof.subject import Subject
 from blip2nb.trace.diagnose import AttributeDifference, Known
 from blip2nb.trace.precision import Weights
-from blip2nb.trace.tape import Tape
-from blip2nb.variants import Variant
-from blip2nb.weights.convert import LOSSY
 from blip2nb.weights.hashing import digest, digest_as
 from blip2nb.weights.rules import Entry
-from blip2nb.weights.sources import open_folder
 
 
-def knowledge(
-    variant: Variant,
-    tape: Tape,
-    folder: Path,
-    opened: Callable[[], Opened | None],
-    differences: Sequence[AttributeDifference] = (),
-) -> Known:
-    """What a recording, a converted directory and its source say of the weights that should be in the model.
+def knowledge(subject: Subject, differences: Sequence[AttributeDifference] = ()) -> Known:
+    """What is known of the tensors that should be in the model: LAVIS's hashes, or, where they were cast, the source's
+    cast.
 
     The recording holds a hash of each of LAVIS's parameters. A tensor that has it is taken from the directory or, where
     the directory's is wrong, made again from the source.
-
-    Args:
-        opened: gives the source, or None where it is not at hand; asked only when a weight is wrong.
     """
-    held = _Held(variant, tape, folder, opened)
+    if subject.lossy:
+        return knowledge_of_cast(before_the_cast(subject), differences)
+    held = _Held(subject)
     return Known(held.true, held.same, held.named, differences)
 
 
@@ -60,32 +48,21 @@ def knowledge_of_cast(weights: Weights | None, differences: Sequence[AttributeDi
     return Known(true=weights, same=same, differences=differences)
 
 
-def before_the_cast(folder: Path, opened: Callable[[], Opened | None]) -> Weights | None:
+def before_the_cast(subject: Subject) -> Weights | None:
     """The float32 values of parameters that run in half precision: the directory's own, or, where those were cast, the
     source's; None where that is not at hand."""
-    manifest = Manifest.read(folder)
-    table = entries(manifest.model_variant)
+    table = entries(subject.variant)
     home = {source: str(entry.target) for entry in table for source in entry.sources}
     tied = {str(entry.target): home[entry.of] for entry in table if entry.kind == "Tied" and entry.of in home}
-    if manifest.dtype not in LOSSY:
-        saved = open_folder(folder)
+    if not subject.lossy:
+        saved = subject.saved
         own = {name: tied.get(name, name) for name in {*saved, *tied}}
         return lambda name: saved[own[name]].tensor().float() if name in own else None
-    source = at_hand(opened)
+    source = subject.source
     if source is None:
         return None
     made = {str(entry.target): entry for entry in source.plan().written}
     return lambda name: _made(made[tied.get(name, name)], source) if tied.get(name, name) in made else None
-
-
-def at_hand(opened: Callable[[], Opened | None]) -> Opened | None:
-    """Open what a directory was converted from; None if it is gone or damaged."""
-    try:
-        return opened()
-    except (RequestError, OSError) as error:
-        if memory_ran_out(error):
-            raise
-        return None
 
 
 def made_again(name: str, source: Opened) -> torch.Tensor | None:
@@ -100,10 +77,10 @@ def _made(entry: Entry, source: Opened) -> torch.Tensor:
 
 
 class _Held:
-    def __init__(self, variant: Variant, tape: Tape, folder: Path, opened: Callable[[], Opened | None]):
-        self.folder, self.opened = folder, opened
-        self.digests: dict[str, str] = tape.metadata["parameters"]
-        self.pairs = parameter_pairs(variant)
+    def __init__(self, subject: Subject):
+        self.subject = subject
+        self.digests: dict[str, str] = subject.recording.metadata["parameters"]
+        self.pairs = parameter_pairs(subject.variant)
         self.rows: dict[str, list[tuple[str, slice | None]]] = {}
         for reference, (target, rows) in self.pairs.items():
             if reference in self.digests:
@@ -124,22 +101,19 @@ class _Held:
 
     def true(self, name: str) -> torch.Tensor | None:
         """The tensor that should be there, in float32: the directory's, or made from the source."""
-        saved = open_folder(self.folder)
+        saved = self.subject.saved
         if name in saved and self.same(name, saved[name].tensor()):
             return saved[name].tensor().float()
-        entry = self._entries.get(name)
-        if entry is None or self._source is None:
+        source, entry = self.subject.source, self._entries.get(name)
+        if entry is None or source is None:
             return None
-        made = _made(entry, self._source)
+        made = _made(entry, source)
         return made if self.same(name, made) else None
 
     @functools.cached_property
-    def _source(self) -> Opened | None:
-        return at_hand(self.opened)
-
-    @functools.cached_property
-    def _entries(self) -> dict:
-        return {} if self._source is None else {str(entry.target): entry for entry in self._source.plan().written}
+    def _entries(self) -> dict[str, Entry]:
+        source = self.subject.source
+        return {} if source is None else {str(entry.target): entry for entry in source.plan().written}
 
     def named(self, tensor: torch.Tensor) -> list[str]:
         """Which of transformers' parameters should hold exactly this."""

@@ -20,6 +20,7 @@ import torch
 from blip2nb.families.captioners import configuration, huggingface
 from blip2nb.families.captioners.lavis import in_batches
 from blip2nb.proof import evidence
+from blip2nb.report import schema
 from blip2nb.trace.comparison import Comparison, StageResult, compare
 from blip2nb.trace.diagnose import AttributeDifference, repaired
 from blip2nb.trace.metrics import FEW, compare_logits, kl_per_position
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from blip2nb.trace.tape import Tape
 
 Arrays = dict[str, np.ndarray]
-
-QUANTITIES = ("arrival_error", "drift", "local_error", "excess")
-"""What is summed up of each stage."""
 
 
 # -- what is shown
@@ -274,8 +272,8 @@ def score(loaded: huggingface.Loaded, image: Image, prompt: str, ids: Sequence[i
 
 
 def summary(
-    loaded: huggingface.Loaded, variant: Variant, tape: Tape, takes: Sequence[Take], captions: Mapping[str, Any]
-) -> tuple[dict[str, Any], Arrays]:
+    loaded: huggingface.Loaded, variant: Variant, tape: Tape, takes: Sequence[Take], captions: schema.Captions
+) -> tuple[schema.Images, Arrays]:
     """report.json's `images`, and the arrays that go with it.
 
     Args:
@@ -283,99 +281,123 @@ def summary(
         captions: the report's own.
     """
     told = [_told(take) for take in tape.metadata["takes"]]
-    content = aggregate(told, takes, captions["modes"])
-    content = {"skipped": [dict(one) for one in tape.metadata["skipped"]], **content}
-    worst = content["worst"]
-    number = worst["take"]
+    each = [_each(*one, captions.modes, number) for number, one in enumerate(zip(told, takes, strict=True))]
+    number = max(range(len(takes)), key=lambda number: _rank(each[number]))
     recorded = tape.take(number)
-    tokens = evidence.sequences(loaded, variant, recorded, _inputs(loaded, variant, tape, number))  # type: ignore[arg-type]
-    sides = {"lavis": "lavis", "transformers": "huggingface"}
-    worst |= {side: captions[key]["greedy"][number] for side, key in sides.items()}
-    worst["tokens"] = list(tokens.values())[-1]
+    tokens = evidence.sequences(loaded, variant, recorded, _inputs(loaded, variant, tape, number))
+    worst = schema.Worst(
+        take=number,
+        image=each[number].image,
+        text=each[number].text,
+        why=_why(each[number]),
+        lavis=captions.lavis["greedy"][number],
+        transformers=captions.huggingface["greedy"][number],
+        tokens=list(tokens.values())[-1],
+    )
+    skipped = tuple(schema.Skipped(**one) for one in tape.metadata["skipped"])
+    content = aggregate(each, takes, captions.modes, worst, skipped)
     return content, _arrays(takes) | {"images/worst": _visible(recorded["pixel_values"])}
 
 
-def _told(take: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "image": PurePath(take["image"]).name,
-        "text": take["texts"]["text_input"][0],
-        "prompt": take["prompt"],
-        "size": take["size"],
-        "mode": take["mode"],
-    }
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """What a take is of: image and text, the caption's prompt, and what the image's file is."""
+
+    image: str
+    text: str
+    prompt: str
+    size: tuple[int, ...]
+    mode: str
+
+
+def _told(take: Mapping[str, Any]) -> Told:
+    name = PurePath(take["image"]).name
+    return Told(name, take["texts"]["text_input"][0], take["prompt"], tuple(take["size"]), take["mode"])
 
 
 def aggregate(
-    told: Sequence[Mapping[str, Any]], takes: Sequence[Take], modes: Mapping[str, Mapping[str, list]]
-) -> dict[str, Any]:
+    each: Sequence[schema.Take],
+    takes: Sequence[Take],
+    modes: Mapping[str, schema.Decoding],
+    worst: schema.Worst,
+    skipped: tuple[schema.Skipped, ...] = (),
+) -> schema.Images:
     """What is said of all takes: for each stage and each measure of the logits the median, the worst and whose it is.
 
     Args:
-        told: image and text of each take.
-        modes: way of decoding -> `equal` and `ties`, an item a take.
+        each: what was found on each, for the report.
     """
-    names = [one["image"] for one in told]
-    each = [_each(*one, modes, number) for number, one in enumerate(zip(told, takes, strict=True))]
-    worst = max(range(len(takes)), key=lambda number: _rank(each[number]))
-    return {
-        "count": len(set(names)),
-        "names": list(dict.fromkeys(names)),
-        "texts": list(dict.fromkeys(one["text"] for one in told)),
-        "each": each,
-        "stages": _stages(takes, names),
-        "logits": {
-            what: spread([take.shipped.logits[what] for take in takes], names, least=what == "top1_agreement")
-            for what in ("max_abs", "relative", "kl", "top1_agreement")
-        },
-        "captions": {mode: _agreement(said) for mode, said in modes.items()},
-        "explained": [name for name in _in_order(takes) if not any(name in take.left for take in takes)],
-        "left": [name for name in _in_order(takes) if any(name in take.left for take in takes)],
-        "problem": _problem(each),
-        "worst": {"take": worst, "image": names[worst], "text": told[worst]["text"], "why": _why(each[worst])},
-    }
+    names = [one.image for one in each]
+
+    def logits(what: str) -> schema.Spread | None:
+        return spread([take.shipped.logits[what] for take in takes], names, least=what == "top1_agreement")
+
+    return schema.Images(
+        skipped=skipped,
+        count=len(set(names)),
+        names=tuple(dict.fromkeys(names)),
+        texts=tuple(dict.fromkeys(one.text for one in each)),
+        each=tuple(each),
+        stages=_stages(takes, names),
+        logits=schema.LogitSpreads(
+            logits("max_abs"), logits("relative"), logits("kl"), top1_agreement=logits("top1_agreement")
+        ),
+        captions={mode: _agreement(said) for mode, said in modes.items()},
+        explained=tuple(name for name in _in_order(takes) if not any(name in take.left for take in takes)),
+        left=tuple(name for name in _in_order(takes) if any(name in take.left for take in takes)),
+        problem=_problem(each),
+        worst=worst,
+    )
 
 
-def _each(told: Mapping[str, Any], take: Take, modes: Mapping[str, Mapping[str, list]], number: int) -> dict[str, Any]:
-    largest = max((_badness(value) for value in take.shipped.kl.tolist()), default=0.0)
-    return {
-        **told,
-        "pixels_equal": take.pixels_equal,
-        "faults": list(take.shipped.faults),
-        "left": list(take.left),
-        "unjudged": list(take.unjudged),
-        **{what: take.shipped.logits[what] for what in ("max_abs", "relative", "kl", "top1_agreement")},
-        "kl_largest": largest,
-        "captions_equal": {mode: said["equal"][number] for mode, said in modes.items()},
-        "ties": [mode for mode, said in modes.items() if said["ties"][number]],
-    }
+def _each(told: Told, take: Take, modes: Mapping[str, schema.Decoding], number: int) -> schema.Take:
+    logits = take.shipped.logits
+    return schema.Take(
+        image=told.image,
+        text=told.text,
+        prompt=told.prompt,
+        size=told.size,
+        mode=told.mode,
+        pixels_equal=take.pixels_equal,
+        faults=take.shipped.faults,
+        left=take.left,
+        unjudged=take.unjudged,
+        max_abs=logits["max_abs"],
+        relative=logits["relative"],
+        kl=logits["kl"],
+        top1_agreement=logits["top1_agreement"],
+        kl_largest=max((_badness(value) for value in take.shipped.kl.tolist()), default=0.0),
+        captions_equal={mode: said.equal[number] for mode, said in modes.items()},
+        ties=tuple(mode for mode, said in modes.items() if said.ties[number]),
+    )
 
 
-def _badness(value: float) -> float:
+def _badness(value: float | None) -> float:
     """A distance for ranking: what is not a number is worse than any."""
-    return math.inf if math.isnan(value) else abs(value)
+    return math.inf if value is None or math.isnan(value) else abs(value)
 
 
-def _rank(one: Mapping[str, Any]) -> tuple[bool, bool, bool, float]:
-    parted = not one["captions_equal"]["greedy"] and "greedy" not in one["ties"]
-    return not one["pixels_equal"], bool(one["left"]), parted, _badness(one["kl"])
+def _rank(one: schema.Take) -> tuple[bool, bool, bool, float]:
+    parted = not one.captions_equal["greedy"] and "greedy" not in one.ties
+    return not one.pixels_equal, bool(one.left), parted, _badness(one.kl)
 
 
-def _why(one: Mapping[str, Any]) -> str:
+def _why(one: schema.Take) -> str:
     unequal, left, parted, _ = _rank(one)
     if unequal:
         return "its pixels differ"
     if left:
-        return f"first wrong at {one['left'][0]}"
+        return f"first wrong at {one.left[0]}"
     return "its captions differ" if parted else "its logits are furthest apart"
 
 
-def _problem(each: Sequence[Mapping[str, Any]]) -> str | None:
+def _problem(each: Sequence[schema.Take]) -> str | None:
     """The sentence for a verdict where some take is wrong in a way that no known difference explains."""
-    unequal = [one for one in each if not one["pixels_equal"]]
-    left = [one for one in each if one["left"]]
+    unequal = [one for one in each if not one.pixels_equal]
+    left = [one for one in each if one.left]
     if unequal:
-        return f"The pixel values of {unequal[0]['image']} differ from LAVIS's ({_of(unequal, each)})."
-    return f"First wrong at {left[0]['left'][0]} on {left[0]['image']} ({_of(left, each)})." if left else None
+        return f"The pixel values of {unequal[0].image} differ from LAVIS's ({_of(unequal, each)})."
+    return f"First wrong at {left[0].left[0]} on {left[0].image} ({_of(left, each)})." if left else None
 
 
 def _of(some: Sequence, each: Sequence) -> str:
@@ -388,21 +410,31 @@ def _in_order(takes: Sequence[Take]) -> list[str]:
     return [stage.name for stage in takes[0].shipped.stages if stage.name in wrong]
 
 
-def _stages(takes: Sequence[Take], names: Sequence[str]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def _stages(takes: Sequence[Take], names: Sequence[str]) -> dict[str, schema.StageSpread]:
+    out: dict[str, schema.StageSpread] = {}
     for number, stage in enumerate(takes[0].shipped.stages):
-        of_takes = [take.shipped.stages[number] for take in takes]
-        again = [take.fixed.stages[number] if take.fixed else None for take in takes]
-        out[stage.name] = {
-            **{what: spread([getattr(one, what) for one in of_takes], names) for what in QUANTITIES},
-            "faulty": sum(stage.name in take.shipped.faults for take in takes),
-            "left": sum(stage.name in take.left for take in takes),
-            "fixed": {what: spread([getattr(one, what, None) for one in again], names) for what in QUANTITIES},
-        }
+        shipped = _spreads([take.shipped.stages[number] for take in takes], names)
+        again = _spreads([take.fixed.stages[number] if take.fixed else None for take in takes], names)
+        out[stage.name] = schema.StageSpread(
+            shipped.arrival_error,
+            shipped.drift,
+            shipped.local_error,
+            shipped.excess,
+            faulty=sum(stage.name in take.shipped.faults for take in takes),
+            left=sum(stage.name in take.left for take in takes),
+            fixed=again,
+        )
     return out
 
 
-def spread(values: Sequence[float | None], names: Sequence[str], least: bool = False) -> dict[str, Any] | None:
+def _spreads(results: Sequence[StageResult | None], names: Sequence[str]) -> schema.Spreads:
+    def of(what: str) -> schema.Spread | None:
+        return spread([getattr(one, what, None) for one in results], names)
+
+    return schema.Spreads(of("arrival_error"), of("drift"), of("local_error"), of("excess"))
+
+
+def spread(values: Sequence[float | None], names: Sequence[str], least: bool = False) -> schema.Spread | None:
     """The median of what was measured, the worst of it, and whose that is; None where nothing was.
 
     Args:
@@ -415,17 +447,17 @@ def spread(values: Sequence[float | None], names: Sequence[str], least: bool = F
     bad = {number: math.inf if math.isnan(value) else -value if least else value for number, value in measured}
     worst = max(bad, key=lambda number: bad[number])
     middle = float(np.median(list(bad.values())))
-    return {"median": -middle if least else middle, "worst": values[worst], "take": worst, "image": names[worst]}
+    return schema.Spread(-middle if least else middle, values[worst], worst, names[worst])
 
 
-def _agreement(said: Mapping[str, list]) -> dict[str, Any]:
-    different = [number for number, equal in enumerate(said["equal"]) if not equal]
-    return {
-        "of": len(said["equal"]),
-        "equal": len(said["equal"]) - len(different),
-        "different": different,
-        "ties": [number for number in different if said["ties"][number]],
-    }
+def _agreement(said: schema.Decoding) -> schema.CaptionCount:
+    different = [number for number, equal in enumerate(said.equal) if not equal]
+    return schema.CaptionCount(
+        of=len(said.equal),
+        equal=len(said.equal) - len(different),
+        different=tuple(different),
+        ties=tuple(number for number in different if said.ties[number]),
+    )
 
 
 def _arrays(takes: Sequence[Take]) -> Arrays:

@@ -3,52 +3,68 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from blip2nb.errors import RequestError
-from blip2nb.variants import Variant, variant_of
+from blip2nb.forms import dumps, reads, record, version_of
+from blip2nb.variants import Variant
 
 MANIFEST = "blip2nb.json"
 FORMAT = 1
 """Of the manifest. To be raised when a field is added that has no default, or means another thing than before."""
 
 
-@dataclasses.dataclass(frozen=True)
+@record
+class Shard:
+    """A file of weights: its size in bytes, and one hash over its header and the digests of its tensors."""
+
+    bytes: int
+    hash: str
+
+
+@record
+class SourceFile:
+    """A file that was read: what tells at a glance whether it is the same still."""
+
+    name: str
+    size: int
+    mtime_ns: int
+
+
+@record
 class Manifest:
     """What a converted directory says of itself.
 
     Attributes:
         model: the variant's name.
-        variant: all of the variant's sizes, which a fine-tuned checkpoint may have changed.
+        variant: with the sizes that this directory has, which a fine-tuned checkpoint may have changed.
         dtype: as asked for: auto keeps every tensor's own.
         weights_hash: one hash over the source's parameters by LAVIS name, in their stored dtype.
         parameters: LAVIS name -> digest, of what was read.
         origins: LAVIS name -> the file's name it was read from.
         checkpoints: the names of those files that were trained: laid over vision tower and language model.
         written: transformers' name -> digest, of what was written.
-        shards: file -> its size in bytes, and one hash over its header and the digests of its tensors.
+        shards: file -> size and hash.
         configuration: the other files of the directory -> their BLAKE3 hash.
         tied, dropped, unused: names left out, each with the rule's reason.
         no_way_back: names that the inverse rules cannot restore, each with why.
         bytes_by_kind: component -> kind of rule -> bytes written.
         versions: what wrote it.
-        files: name, size and time of change of every file read.
+        files: every file that was read.
         recipe: what else decided what was written: options, configuration, versions.
         format: FORMAT when it was written.
     """
 
     model: str
-    variant: Mapping[str, Any]
+    variant: Variant
     dtype: str
     weights_hash: str
     parameters: Mapping[str, str]
     origins: Mapping[str, str]
-    checkpoints: Sequence[str]
+    checkpoints: tuple[str, ...]
     written: Mapping[str, str]
-    shards: Mapping[str, Mapping[str, Any]]
+    shards: Mapping[str, Shard]
     tied: Mapping[str, str]
     dropped: Mapping[str, str]
     unused: Mapping[str, str]
@@ -56,32 +72,27 @@ class Manifest:
     bytes_by_kind: Mapping[str, Mapping[str, int]]
     versions: Mapping[str, str]
     configuration: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    files: Sequence[Mapping[str, Any]] = ()
+    files: tuple[SourceFile, ...] = ()
     recipe: Mapping[str, str] = dataclasses.field(default_factory=dict)
     format: int = 1
 
-    @property
-    def model_variant(self) -> Variant:
-        """The variant with the sizes this directory has."""
-        return variant_of(self.variant)
-
     def write(self, folder: Path) -> None:
-        (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(dumps(self), encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Raises RequestError when the folder is not one of ours, or of a version that is not understood."""
         try:
-            content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            if (found := content.get("format", 1)) != FORMAT:
+            text = (folder / MANIFEST).read_text(encoding="utf-8")
+            if (found := version_of(text, 1)) != FORMAT:
                 raise RequestError(
                     f"{folder / MANIFEST} has format {found!r}, expected {FORMAT}: another blip2nb wrote it. "
                     "Use that one, or convert again with overwrite."
                 )
-            return cls(**content)
+            return reads(cls, text)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RequestError(
                 f"{folder} has no {MANIFEST}: expected a directory that `blip2nb convert` wrote. Convert it first."
             ) from error
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise RequestError(f"{folder / MANIFEST} is damaged ({error}). Convert again with overwrite.") from error

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Self
 
 from blip2nb.errors import RequestError
+from blip2nb.forms import dumps, reads, record
 from blip2nb.report.manifest import Manifest
 from blip2nb.report.store import ReportData
 from blip2nb.variants import Variant, variant
 from blip2nb.whole import write_whole
 
 _PROOF = "-proof"  # what the folder beside a model with a name of its own has behind that
+
+
+@record
+class Origin:
+    """Where a model comes from, as it was named: absolute paths, "" for what was not.
+
+    Attributes:
+        source: a folder in the released layout, or one checkpoint.
+        base: what a checkpoint is laid over.
+    """
+
+    source: str = ""
+    base: str = ""
+
+    @classmethod
+    def of(cls, source: str | Path = "", base: str | Path = "") -> Origin:
+        """What somebody named."""
+        return cls(*(str(Path(where).expanduser().resolve()) if where else "" for where in (source, base)))
+
+    def or_else(self, source: str | Path = "", base: str | Path = "") -> Origin:
+        """What somebody names now, and for what they do not name, what was named then."""
+        named = Origin.of(source, base)
+        return Origin(named.source or self.source, named.base or self.base)
+
+    def __bool__(self) -> bool:
+        return bool(self.source or self.base)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,29 +120,19 @@ class RunPaths:
         return variant(Manifest.read(self.model).model)
 
     @property
-    def source(self) -> str:
-        """The source that was named for the conversion, as an absolute path; "" for a model's own files."""
-        return self._remembered("source")
-
-    @property
-    def base(self) -> str:
-        """The base that was named for it, as an absolute path; "" for none."""
-        return self._remembered("base")
-
-    def _remembered(self, what: str) -> str:
+    def origin(self) -> Origin:
+        """What was named for the conversion; nothing for a model's own files."""
         try:
-            return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))[what]
-        except (FileNotFoundError, ValueError, KeyError):
-            return ""
+            return reads(Origin, (self.folder / "run.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return Origin()
 
-    def remember(self, source: str | Path, base: str | Path = "") -> None:
-        """Keep source and base for the proofs to come. Beside the model, not in it: they are paths of this machine."""
+    def remember(self, origin: Origin) -> None:
+        """Keep the origin for the proofs to come. Beside the model, not in it: it is paths of this machine."""
         path = self.folder / "run.json"
-        named = {"source": source, "base": base}
-        given = {what: str(Path(where).expanduser().resolve()) for what, where in named.items() if where}
-        if given:
+        if origin:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(given) + "\n")
+            write_whole(path, dumps(origin))
         else:
             path.unlink(missing_ok=True)
 

@@ -1,59 +1,38 @@
-"""A report: everything a verification found, as plain values, with the arrays that a number cannot hold beside it."""
+"""A report on disk: report.json with the arrays that a number cannot hold beside it. One writer, one reader."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from blip2nb.errors import Diverges, RequestError
+from blip2nb.forms import dumps, reads, version_of
+from blip2nb.report.schema import FORMAT, Content, Missing
 from blip2nb.whole import write_whole
 
 if TYPE_CHECKING:
     import numpy as np
-
-FORMAT = 2
-"""The version of report.json's content. 1 had the verdict weights_only."""
-
-INFINITE = 1e9
-"""What stands for infinity in report.json, which has no word for it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Missing:
-    """Something that belongs to the proof and was not run, or could not be judged.
-
-    Attributes:
-        id: not_asked, no_lavis, no_memory, does_not_load, weights, stages, images or captions.
-        proof: the proof that lacks it: weights, behaviour or text.
-        words: what is missing and why, as a sentence.
-    """
-
-    id: str
-    proof: str
-    words: str
 
 
 @dataclasses.dataclass(frozen=True)
 class ReportData:
     """The content of report.json and of arrays.safetensors."""
 
-    content: Mapping[str, Any]
+    content: Content
     arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def verdict(self) -> str:
         """match, explained, diverges or incomplete."""
-        return self.content["verdict"]
+        return self.content.verdict
 
     @property
     def incomplete(self) -> tuple[Missing, ...]:
         """What was not run or could not be judged; `complete_with` is the command that completes the proof."""
-        return tuple(Missing(**one) for one in self.content["incomplete"])
+        return self.content.incomplete
 
     def status(self, proof: str = "auto") -> int:
         """The exit status of a verification: 0 for match and explained, 1 for diverges, 4 for incomplete.
@@ -65,9 +44,6 @@ class ReportData:
             return Diverges.exit_status
         return INCOMPLETE if lacking(self.content, proof) else 0
 
-    def __getitem__(self, name: str) -> Any:
-        return self.content[name]
-
     def save(self, folder: Path) -> Path:
         """Write report.json and arrays.safetensors into `folder`, each whole or not at all, and never one without the
         other. Returns the former."""
@@ -76,7 +52,7 @@ class ReportData:
         folder.mkdir(parents=True, exist_ok=True)
         arrays, text = folder / "arrays.safetensors", folder / "report.json"
         beside = arrays.with_name(f"{arrays.name}.partial")
-        content = json.dumps(finite(self.content), indent=1, allow_nan=False) + "\n"
+        content = dumps(self.content)
         try:
             save_file(dict(self.arrays), beside)
             text.unlink(missing_ok=True)  # killed now, there is no report, and never one beside another's arrays
@@ -105,7 +81,7 @@ class ReportData:
             raise RequestError(f"{path} is damaged ({error}). Run `blip2nb verify` again.") from error
 
 
-def content_of(text: str | bytes, path: str) -> dict[str, Any]:
+def content_of(text: str | bytes, path: str) -> Content:
     """Parse report.json.
 
     Args:
@@ -113,37 +89,26 @@ def content_of(text: str | bytes, path: str) -> dict[str, Any]:
 
     Raises:
         RequestError: it was written by a version of the kit with other words.
-        ValueError: it is no JSON.
+        ValueError: it is no JSON, or has other fields than a report.
     """
-    content = json.loads(text)
-    found = content.get("format") if isinstance(content, dict) else None
+    found = version_of(text)
     if found != FORMAT:
         raise RequestError(
             f"{path} has format {found}; this version of blip2nb reads format {FORMAT}. Run `blip2nb verify` again."
         )
-    return content
+    return reads(Content, text)
 
 
 INCOMPLETE = 4
 """The exit status of a proof of which something was not run or could not be judged."""
 
 
-def lacking(content: Mapping[str, Any], proof: str = "auto") -> list[Mapping[str, Any]]:
+def lacking(content: Content, proof: str = "auto") -> list[Missing]:
     """List what an incomplete report lacks of what was asked for.
 
     Args:
-        content: of report.json.
         proof: "weights" asks for the weights alone, anything else for the whole proof.
     """
-    if content["verdict"] != "incomplete":
+    if content.verdict != "incomplete":
         return []
-    return [one for one in content["incomplete"] if proof != "weights" or one["proof"] == "weights"]
-
-
-def finite(value: Any) -> Any:
-    """NaN as null and infinity as INFINITE, since JSON has neither."""
-    if isinstance(value, float):
-        return None if math.isnan(value) else math.copysign(INFINITE, value) if math.isinf(value) else value
-    if isinstance(value, Mapping):
-        return {name: finite(one) for name, one in value.items()}
-    return [finite(one) for one in value] if isinstance(value, list | tuple) else value
+    return [one for one in content.incomplete if proof != "weights" or one.proof == "weights"]

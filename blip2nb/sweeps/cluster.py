@@ -22,6 +22,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from blip2nb import resources
 from blip2nb.errors import RequestError
+from blip2nb.report.sweep import Outcome
 from blip2nb.sweeps import worker
 from blip2nb.sweeps.identity import kit
 from blip2nb.sweeps.worker import Task
@@ -165,7 +166,7 @@ def run(
     cores: int,
     say: Callable[[dict[str, Any]], None],
     window: int,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Outcome]:
     """Make all runs, the first ones first, and yield each outcome as it comes.
 
     Args:
@@ -224,7 +225,7 @@ def run(
         client.unsubscribe_topic(TOPIC)
 
 
-def _on_worker(task: Task, need: int, cores: int) -> dict[str, Any] | None:
+def _on_worker(task: Task, need: int, cores: int) -> Outcome | None:
     here = distributed.get_worker()
     key = here.get_current_task()
     beside = min(here.state.nthreads, int(here.state.total_resources[MEMORY] // need))
@@ -240,7 +241,7 @@ def _on_worker(task: Task, need: int, cores: int) -> dict[str, Any] | None:
     return worker.run(task, max(1, (cores or here.state.nthreads) // max(1, beside)), say, wanted)
 
 
-def _outcome(future: distributed.Future, task: Task) -> dict[str, Any]:
+def _outcome(future: distributed.Future, task: Task) -> Outcome:
     try:
         outcome = future.result()
     except distributed.KilledWorker:

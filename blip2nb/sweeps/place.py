@@ -9,19 +9,24 @@ from __future__ import annotations
 import contextlib
 import html
 import json
+import logging
 import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from blip2nb.errors import RequestError
+from blip2nb.forms import dumps, reads
 from blip2nb.report.runs import outputs_folder
+from blip2nb.report.sweep import Outcome
 from blip2nb.sweeps.leftovers import end_leftovers
 from blip2nb.weights.writer import sync
 from blip2nb.whole import write_whole
+
+log = logging.getLogger("blip2nb")
 
 RECORD = "sweep.json"
 HIDDEN = ".sweep"
@@ -39,7 +44,7 @@ class Place(Protocol):
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Held by a sweep while it runs. Raises RequestError where another one holds it."""
 
-    def records(self) -> dict[str, dict[str, Any]]:
+    def records(self) -> dict[str, Outcome]:
         """What sweep.json says, of every run that is there whole, by folder."""
 
     def read(self, path: str) -> bytes | None:
@@ -48,7 +53,7 @@ class Place(Protocol):
     def begin(self, name: str, key: str, overwrite: bool = False) -> Path:
         """A folder to make a run in: `<this>/<name>` will be the run. Holds what is of use of an earlier one."""
 
-    def publish(self, workshop: Path, name: str, record: Mapping[str, Any]) -> None:
+    def publish(self, workshop: Path, name: str, record: Outcome) -> None:
         """Put a finished run, or a failed one, in its place, and remove the folder that it was made in."""
 
     def write(self, texts: Mapping[str, str]) -> None:
@@ -104,11 +109,9 @@ class Folder:
             elif path.is_dir() and not (path / name).exists():
                 shutil.rmtree(path)
 
-    def records(self) -> dict[str, dict[str, Any]]:
-        return {
-            path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-            for path in sorted(self.root.glob(f"*/{RECORD}"))
-        }
+    def records(self) -> dict[str, Outcome]:
+        paths = sorted(self.root.glob(f"*/{RECORD}"))
+        return _read_records((path.parent.name, path.read_bytes()) for path in paths)
 
     def read(self, path: str) -> bytes | None:
         file = self.root / path
@@ -130,17 +133,17 @@ class Folder:
                 _same(standing / one, run / one)
         return workshop
 
-    def publish(self, workshop: Path, name: str, record: Mapping[str, Any]) -> None:
-        run, final = workshop / name, self.root / record["folder"]
+    def publish(self, workshop: Path, name: str, record: Outcome) -> None:
+        run, final = workshop / name, self.root / record.folder
         _settle(run, record)
-        old = self.root / HIDDEN / f"{record['folder']}.old"
+        old = self.root / HIDDEN / f"{record.folder}.old"
         if final.exists():
             final.rename(old)
         run.rename(final)
         sync(self.root)
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(workshop)
-        if record["state"] == "finished":
+        if record.state == "finished":
             shutil.rmtree(self.root / f"{name}{FAILED}", ignore_errors=True)
 
     def write(self, texts: Mapping[str, str]) -> None:
@@ -173,10 +176,10 @@ class Address:
     def lock(self) -> Iterator[None]:
         yield  # an object store has none: two sweeps at once write each run whole, the later one last
 
-    def records(self) -> dict[str, dict[str, Any]]:
+    def records(self) -> dict[str, Outcome]:
         self._files.invalidate_cache()
         found = self._files.glob(f"{self._root}/*/{RECORD}")
-        return {path.rsplit("/", 2)[-2]: json.loads(self._files.cat_file(path)) for path in sorted(found)}
+        return _read_records((path.rsplit("/", 2)[-2], self._files.cat_file(path)) for path in sorted(found))
 
     def read(self, path: str) -> bytes | None:
         try:
@@ -189,8 +192,8 @@ class Address:
         (workshop / name).mkdir()
         return workshop
 
-    def publish(self, workshop: Path, name: str, record: Mapping[str, Any]) -> None:
-        run, final = workshop / name, f"{self._root}/{record['folder']}"
+    def publish(self, workshop: Path, name: str, record: Outcome) -> None:
+        run, final = workshop / name, f"{self._root}/{record.folder}"
         _settle(run, record)
         self._remove(final)
         for path in sorted(run.rglob("*"), key=lambda path: path.name == RECORD):
@@ -199,7 +202,7 @@ class Address:
                 self._make(target.rsplit("/", 1)[0])
                 self._files.put_file(str(path), target)
         shutil.rmtree(workshop)
-        if record["state"] == "finished":
+        if record.state == "finished":
             self._remove(f"{self._root}/{name}{FAILED}")
 
     def _make(self, folder: str) -> None:
@@ -218,6 +221,17 @@ class Address:
         self._make(self._root)
         for name, text in texts.items():
             self._files.pipe_file(f"{self._root}/{name}", text.encode())
+
+
+def _read_records(found: Iterable[tuple[str, bytes]]) -> dict[str, Outcome]:
+    """By folder. What another version of the kit has left, or nobody can read, is no record: that run is made again."""
+    records = {}
+    for folder, text in found:
+        try:
+            records[folder] = reads(Outcome, text)
+        except ValueError as error:
+            log.info("%s/%s is not understood (%s); that run is made again", folder, RECORD, error)
+    return records
 
 
 def _without_password(address: str) -> str:
@@ -260,9 +274,9 @@ def _as_written(path: str) -> list[str]:
     return [json.dumps(one, ensure_ascii=escaped)[1:-1] for one in forms for escaped in (True, False)]
 
 
-def _settle(run: Path, record: Mapping[str, Any]) -> None:
+def _settle(run: Path, record: Outcome) -> None:
     """Give a run its record, and see that all of it is on the disk."""
-    (run / RECORD).write_text(json.dumps(dict(record), indent=1) + "\n", encoding="utf-8")
+    (run / RECORD).write_text(dumps(record), encoding="utf-8")
     for path in run.rglob("*"):
         if path.is_file():
             sync(path)

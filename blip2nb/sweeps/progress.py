@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from blip2nb.report.sweep import Outcome
 from blip2nb.sweeps.worker import duration
 
 log = logging.getLogger("blip2nb")
@@ -53,18 +54,18 @@ class Board:
             self._running[event["slot"]] = event["run"]
             line.set_description_str(f"{event['run']}  cell {event['cell']} of {event['of']}  {event['title']}")
 
-    def done(self, outcome: Mapping[str, Any]) -> None:
+    def done(self, outcome: Outcome) -> None:
         """A run has ended."""
         self._done += 1
-        said = outcome["verdict"].replace("_", " ") or outcome["state"]
+        said = outcome.verdict or outcome.state
         log.info(
             "%*d of %d  %s: %s, %s%s",
-            len(str(self._total)), self._done, self._total, outcome["run_name"], said,
-            duration(outcome["seconds"]), f". {outcome['error']}" if outcome["error"] else "",
+            len(str(self._total)), self._done, self._total, outcome.run_name, said,
+            duration(outcome.seconds), f". {outcome.error}" if outcome.error else "",
         )  # fmt: skip
         if self._live:
             with self._lock:
                 self._bar.update()
                 for slot, name in self._running.items():
-                    if name == outcome["run_name"]:
+                    if name == outcome.run_name:
                         self._lines[slot].set_description_str("")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from blip2nb.errors import Diverges, RequestError
 from blip2nb.report.store import INCOMPLETE, content_of
+from blip2nb.report.sweep import Entry, Index, Outcome
 from blip2nb.resources import cores
 from blip2nb.sweeps import worker
 from blip2nb.sweeps.asked import Asked
@@ -41,54 +42,50 @@ class Sweep:
     """
 
     address: str
-    index: Mapping[str, Any] = dataclasses.field(repr=False)
+    index: Index = dataclasses.field(repr=False)
 
     @property
-    def runs(self) -> list[Mapping[str, Any]]:
+    def runs(self) -> tuple[Entry, ...]:
         """One entry for each run that was asked for."""
-        return self.index["runs"]
+        return self.index.runs
 
     @property
     def status(self) -> int:
         """What the command line ends with: 3 if a run failed or was not made, else 1 if one diverges, else 4 if one
         lacks something of the proof that was asked for, else 0."""
-        if any(run["state"] != "finished" for run in self.runs):
+        if any(run.state != "finished" for run in self.runs):
             return 3
-        if any(run["verdict"] == "diverges" for run in self.runs):
+        if any(run.verdict == "diverges" for run in self.runs):
             return Diverges.exit_status
-        return INCOMPLETE if any(run["missing"] for run in self.runs) else 0
-
-    def figure(self, width: float = 7.0) -> Any:
-        """The sweep as a figure: what was proven of which run, and its errors over depth."""
-        from blip2nb.display.figures import sweep
-
-        return sweep.sweep(self.index, width=width)
+        return INCOMPLETE if any(run.missing for run in self.runs) else 0
 
     def _rows(self) -> list[tuple[str, str, str]]:
         """Of each run its name, what it came to, and what matters most of it."""
-        return [(run["run_name"], run["verdict"].replace("_", " ") or run["state"], _words(run)) for run in self.runs]
+        return [(run.run_name, run.verdict or run.state, _words(run)) for run in self.runs]
 
     def __repr__(self) -> str:
         rows = self._rows()
         widths = [max(len(row[n]) for row in rows) for n in range(2)]
         lines = [f"  {name:<{widths[0]}}  {found:<{widths[1]}}  {words}".rstrip() for name, found, words in rows]
-        return "\n".join([self.index["sentence"], "", *lines, "", f"  report  {self.address}/index.html"])
+        return "\n".join([self.index.sentence, "", *lines, "", f"  report  {self.address}/index.html"])
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr>{''.join(f'<td>{html.escape(one)}</td>' for one in row)}</tr>" for row in self._rows())
-        return f"<p><strong>{html.escape(self.index['sentence'])}</strong></p><table>{rows}</table>"
+        return f"<p><strong>{html.escape(self.index.sentence)}</strong></p><table>{rows}</table>"
 
 
-def _words(run: Mapping[str, Any]) -> str:
+def _words(run: Entry) -> str:
     """What matters most of a run, on one line."""
-    first = run["first_divergence"]
-    if run["error"] or (first and run["verdict"] == "diverges"):
-        return run["error"] or f"first wrong at {first['stage']}: {first['cause']}"
-    took = "finished before" if run["earlier"] else worker.duration(run["seconds"])
-    if run["missing"]:
-        return "; ".join([took, *run["missing"]])
-    layers = run["proofs"]["layers"]
-    return "; ".join([took] + [f"layers {layers['words']}"] * (layers["state"] != "not done"))
+    first = run.first_divergence
+    if run.error:
+        return run.error
+    if first and run.verdict == "diverges":
+        return f"first wrong at {first.stage}: {first.cause}"
+    took = "finished before" if run.earlier else worker.duration(run.seconds)
+    if run.missing:
+        return "; ".join([took, *run.missing])
+    layers = run.proofs.layers
+    return "; ".join([took] + [f"layers {layers.words}"] * (layers.state != "not done"))
 
 
 def sweep(
@@ -113,7 +110,7 @@ def sweep(
             if todo:
                 with _cluster(scheduler, workers, len(todo)) as (client, cores):
                     for outcome in _make(client, cores, todo):
-                        outcomes[outcome["run_name"]] = outcome
+                        outcomes[outcome.run_name] = outcome
         finally:
             found = _report(tasks, outcomes, where)
     return found
@@ -129,10 +126,11 @@ def gather(runs: Sequence[Asked], output: str | Path = "") -> Sweep:
         record = records.get(task.name) or records.get(f"{task.name}{FAILED}")
         report = where.read(f"{task.name}/report.json")
         if record is not None:
-            outcomes[task.name] = record | {"earlier": True}
+            outcomes[task.name] = dataclasses.replace(record, earlier=True)
         elif report is not None:  # made by hand
-            verdict = content_of(report, f"{task.name}/report.json")["verdict"]
-            outcomes[task.name] = task.outcome("finished", verdict=verdict, folder=task.name, earlier=True)
+            verdict = content_of(report, f"{task.name}/report.json").verdict
+            made = task.outcome("finished")
+            outcomes[task.name] = dataclasses.replace(made, verdict=verdict, folder=task.name, earlier=True)
     return _report(tasks, outcomes, where)
 
 
@@ -184,20 +182,20 @@ def _task(run: Asked, where: Place, timeout: float = 0.0, keep_models: bool = Fa
     )
 
 
-def _finished(tasks: Sequence[Task], where: Place) -> dict[str, dict[str, Any]]:
+def _finished(tasks: Sequence[Task], where: Place) -> dict[str, Outcome]:
     """The outcomes of earlier sweeps that still hold: made of the same, and nothing was changed since."""
     records = where.records()
     found = {}
     for task in tasks:
         record = records.get(task.name)
-        if record is None or record["key"] != task.key or record["state"] != "finished":
+        if record is None or record.key != task.key or record.state != "finished":
             continue
         report = where.read(f"{task.name}/report.json")
-        same = record["report"] == worker.digest(report)
-        there = not record["kept"] or where.read(f"{task.name}/model/config.json") is not None
-        kept = not task.keep_model or (record["keep_model"] and there)
+        same = record.report == worker.digest(report)
+        there = not record.kept or where.read(f"{task.name}/model/config.json") is not None
+        kept = not task.keep_model or (record.keep_model and there)
         if same and kept:
-            found[task.name] = record | {"earlier": True}
+            found[task.name] = dataclasses.replace(record, earlier=True)
     return found
 
 
@@ -215,7 +213,7 @@ def _cluster(scheduler: str, workers: int, runs: int) -> Iterator[tuple[distribu
             yield client, here
 
 
-def _make(client: distributed.Client, cores: int, todo: Sequence[tuple[Asked, Task]]) -> Iterator[dict[str, Any]]:
+def _make(client: distributed.Client, cores: int, todo: Sequence[tuple[Asked, Task]]) -> Iterator[Outcome]:
     """The outcomes of all runs, as they come. Those that take longest are begun first, so that none is left alone."""
     from blip2nb.sweeps import cluster
     from blip2nb.sweeps.progress import Board
@@ -226,7 +224,7 @@ def _make(client: distributed.Client, cores: int, todo: Sequence[tuple[Asked, Ta
         fitting = []
         for _, task in sorted(todo, key=lambda one: -sized[one[1].name].work):
             if sized[task.name].refused:
-                outcome = task.outcome("failed", error=sized[task.name].refused)
+                outcome = dataclasses.replace(task.outcome("failed"), error=sized[task.name].refused)
                 board.done(outcome)
                 yield outcome
             else:
@@ -288,19 +286,21 @@ def _model_of(run: Asked) -> Any:
     return None
 
 
-def _report(tasks: Iterable[Task], outcomes: Mapping[str, Mapping[str, Any]], where: Place) -> Sweep:
+def _report(tasks: Iterable[Task], outcomes: Mapping[str, Outcome], where: Place) -> Sweep:
     """Write the report over all runs, in the order in which they were asked for."""
-    from blip2nb.display import overview
+    from blip2nb.display.overview.entry import summarise
+    from blip2nb.display.overview.files import texts
+    from blip2nb.display.overview.index import index
 
     entries = []
     for task in tasks:
         outcome = outcomes.get(task.name) or task.outcome("not run")
-        report = where.read(f"{outcome['folder']}/report.json") if outcome["state"] == "finished" else None
-        content = None if report is None else content_of(report, f"{outcome['folder']}/report.json")
-        entries.append(overview.summarise(outcome, content))
-    index = overview.index(entries)
-    where.write(overview.texts(index))
-    return Sweep(where.address, index)
+        path = f"{outcome.folder}/report.json"
+        report = where.read(path) if outcome.state == "finished" else None
+        entries.append(summarise(outcome, None if report is None else content_of(report, path)))
+    found = index(entries)
+    where.write(texts(found))
+    return Sweep(where.address, found)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from blip2nb.report.store import content_of
+from blip2nb.report.sweep import Outcome
 from blip2nb.resources import CORES
 from blip2nb.sweeps.leftovers import end, end_leftovers, family, note_processes
 from blip2nb.sweeps.place import FAILED, RECORD, Place, place, relocate
@@ -52,28 +54,24 @@ class Task:
     overwrite: bool
     timeout: float
 
-    def outcome(self, state: str, **found: Any) -> dict[str, Any]:
-        """What became of it, as sweep.json and index.json have it."""
-        return {
-            "run_name": self.name,
-            "model_name": self.parameters.get("model_name", ""),
-            "notebook": self.notebook,
-            "parameters": dict(self.parameters),
-            "key": self.key,
-            "state": state,
-            "verdict": "",
-            "error": "",
-            "traceback": "",
-            "seconds": 0.0,
-            "finished": "",
-            "earlier": False,
-            "folder": "",
-            "executed": "",
-            **found,
-        }
+    def outcome(self, state: str) -> Outcome:
+        """What became of it, with nothing but that known."""
+        return Outcome(
+            run_name=self.name,
+            model_name=str(self.parameters.get("model_name", "")),
+            notebook=self.notebook,
+            parameters=dict(self.parameters),
+            key=self.key,
+            state=state,
+        )
+
+    def failure(self, error: str, traceback: str = "") -> Outcome:
+        """What became of one that failed."""
+        folder = f"{self.name}{FAILED}"
+        return dataclasses.replace(self.outcome("failed"), error=error, traceback=traceback, folder=folder)
 
 
-def run(task: Task, threads: int, say: Callable[..., None], wanted: Callable[[], bool]) -> dict[str, Any] | None:
+def run(task: Task, threads: int, say: Callable[..., None], wanted: Callable[[], bool]) -> Outcome | None:
     """Execute a task and put what it leaves in its place.
 
     Args:
@@ -99,16 +97,18 @@ def run(task: Task, threads: int, say: Callable[..., None], wanted: Callable[[],
     relocate(made, workshop, where.address)
     outcome = _judge(task, made, said)
     executed = f"{task.notebook}.ipynb"
-    outcome |= {
-        "seconds": round(time.monotonic() - began, 2),
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "executed": executed if (made / executed).is_file() else "",
-        "report": digest(report.read_bytes() if (report := made / "report.json").is_file() else None),
-    }
-    if outcome["state"] == "failed" or not (stood or task.keep_model):
-        _remove_model(made, outcome["state"] == "failed")
-    outcome["keep_model"] = task.keep_model
-    outcome["kept"] = (made / "model").is_dir()
+    failed = outcome.state == "failed"
+    if failed or not (stood or task.keep_model):
+        _remove_model(made, failed)
+    outcome = dataclasses.replace(
+        outcome,
+        seconds=round(time.monotonic() - began, 2),
+        finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        executed=executed if (made / executed).is_file() else "",
+        report=digest(report.read_bytes() if (report := made / "report.json").is_file() else None),
+        keep_model=task.keep_model,
+        kept=(made / "model").is_dir(),
+    )
     where.publish(workshop, task.name, outcome)
     return outcome
 
@@ -119,13 +119,12 @@ def _stands(task: Task, where: Place) -> bool:
     return not task.overwrite and not ours and where.read(f"{task.name}/model/config.json") is not None
 
 
-def give_up(task: Task, error: str) -> dict[str, Any]:
+def give_up(task: Task, error: str) -> Outcome:
     """The outcome of a run that its worker could not tell of, and whatever it left, in its place."""
-    outcome = task.outcome("failed", error=error, folder=f"{task.name}{FAILED}")
     where = place(task.output)
     workshop = where.begin(task.name, task.key, task.overwrite)
     made, executed = workshop / task.name, f"{task.notebook}.ipynb"
-    outcome["executed"] = executed if (made / executed).is_file() else ""
+    outcome = dataclasses.replace(task.failure(error), executed=executed if (made / executed).is_file() else "")
     _remove_model(made, failed=True)
     relocate(made, workshop, where.address)
     where.publish(workshop, task.name, outcome)
@@ -248,15 +247,16 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def _judge(task: Task, made: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+def _judge(task: Task, made: Path, said: Mapping[str, Any]) -> Outcome:
     """What became of the run. That two models differ is a finding: the notebook says so in its last cell by an error,
     and the report in words."""
     verdict = ""
     if (made / "report.json").is_file():
-        verdict = json.loads((made / "report.json").read_text(encoding="utf-8"))["verdict"]
+        path = made / "report.json"
+        verdict = content_of(path.read_text(encoding="utf-8"), str(path)).verdict
     found = "done" in said or (verdict == "diverges" and said.get("kind") == "AssertionError")
     if found:
-        return task.outcome("finished", verdict=verdict, folder=task.name)
+        return dataclasses.replace(task.outcome("finished"), verdict=verdict, folder=task.name)
     error = _ANSI.sub("", said["error"])
     kind = said["kind"]
     if kind == "DeadKernelError":
@@ -264,7 +264,7 @@ def _judge(task: Task, made: Path, said: Mapping[str, Any]) -> dict[str, Any]:
     elif kind not in ("RequestError", "Timeout", "Died") and not error.startswith(kind):
         error = f"{kind}: {error}"
     traceback = _ANSI.sub("", said.get("traceback", ""))
-    return task.outcome("failed", error=error, traceback=traceback, folder=f"{task.name}{FAILED}")
+    return task.failure(error, traceback)
 
 
 def digest(report: bytes | None) -> str:

@@ -23,7 +23,7 @@ from blake3 import blake3
 from isal import isal_zlib
 
 from blip2nb.errors import RequestError
-from blip2nb.report.manifest import FORMAT, MANIFEST, Manifest
+from blip2nb.report.manifest import FORMAT, MANIFEST, Manifest, Shard
 from blip2nb.weights.rules import Entry, MappingError, Plan
 from blip2nb.weights.sources import Alias, Assembled, open_folder
 from blip2nb.weights.stored import (
@@ -119,15 +119,15 @@ def write_weights(
     written = {slot.name: done[slot.name]["written"] for slot in slots}
     return Manifest(
         model=plan.variant.name,
-        variant=dataclasses.asdict(plan.variant),
+        variant=plan.variant,
         dtype=dtype,
         weights_hash=combine(parameters),
         parameters=parameters,
         origins={name: source.tensors[name].path.name for name in parameters},
-        checkpoints=[path.name for path in source.checkpoints],
+        checkpoints=tuple(path.name for path in source.checkpoints),
         written=written,
         shards={
-            one.name: {"bytes": file.size, "hash": shard_hash(one.header(), [written[slot.name] for slot in one.slots])}
+            one.name: Shard(file.size, shard_hash(one.header(), [written[slot.name] for slot in one.slots]))
             for one, file in zip(shards, files, strict=True)
         },
         tied={alias.name: _tied_words(alias) for alias in source.aliases},
@@ -419,9 +419,9 @@ def check_weights(
     wrong += [f"{name} is not in the manifest" for name in held if name not in manifest.written]
     sizes = {name: (folder / name).stat().st_size for name in manifest.shards if (folder / name).is_file()}
     wrong += [
-        f"{name} has {sizes.get(name, 'no')} bytes, expected {one['bytes']}"
+        f"{name} has {sizes.get(name, 'no')} bytes, expected {one.bytes}"
         for name, one in manifest.shards.items()
-        if sizes.get(name) != one["bytes"]
+        if sizes.get(name) != one.bytes
     ]
     wrong += [
         f"{name} is not as it was written"

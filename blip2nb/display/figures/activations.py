@@ -35,7 +35,7 @@ _PARTED = 1.1  # a smaller factor does not show on a log axis; the title says ho
 
 def available(report: Report, arrays: Arrays) -> bool:
     sides = (arrays.get(f"activations/{side}") for side in ("lavis", "transformers"))
-    return bool(report.get("stages")) and all(side is not None and np.isfinite(side).any() for side in sides)
+    return bool(report.stages) and all(side is not None and np.isfinite(side).any() for side in sides)
 
 
 @styled
@@ -178,7 +178,7 @@ def _legend(axes: Axes, report: Report, depth: Depth, parting: int | None, empty
         (legend_key("o", LAVIS), "LAVIS: maximum"),
         (legend_key("s", TRANSFORMERS), "transformers: maximum"),
     ]
-    first = (report.get("first_divergence") or {}).get("stage")
+    first = report.first_stage
     wrong = depth.names.index(first) if first in depth.names else None
     for place, colour, line, words in ((parting, INK, ":", "they part"), (wrong, FAULT, "-", "first wrong")):
         if place is not None:
@@ -201,8 +201,8 @@ def alt_text(report: Report, arrays: Arrays) -> str:
 def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
     """A row for each stage."""
     rows = []
-    for stage, ours, theirs in zip(report["stages"], *_sides(arrays), strict=True):
-        row = {"name": stage["name"]}
+    for stage, ours, theirs in zip(report.stages, *_sides(arrays), strict=True):
+        row = {"name": stage.name}
         for side, values in (("lavis", ours), ("transformers", theirs)):
             names = (f"{side}_{what}" for what in ("rms", "low", "high", "maximum"))
             row |= dict(zip(names, values.tolist(), strict=True))

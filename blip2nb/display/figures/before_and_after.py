@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,14 @@ from blip2nb.display.figures.axes import add_legend, add_title, draw_dumbbells, 
 from blip2nb.display.figures.moves import SMALLEST_MOVE, Move
 from blip2nb.display.figures.style import FAULT, INK, MUTED, Arrays, Picture, Report, styled
 from blip2nb.display.figures.words import as_count, as_times, to_floats
-from blip2nb.report.store import INFINITE
+from blip2nb.forms import INFINITE
+from blip2nb.report.schema import Stage
 
 _DRAWN_STAGES = 20
 
 
 def available(report: Report, arrays: Arrays) -> bool:
-    return any(stage.get("fixed") for stage in report.get("stages") or [])
+    return any(stage.fixed for stage in report.stages)
 
 
 @styled
@@ -31,7 +32,7 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
         arrays: not used.
         width: inches.
     """
-    moves, still = _moves(report["stages"])
+    moves, still = _moves(report.stages)
     largest = sorted(moves, key=lambda move: -move.size)[:_DRAWN_STAGES]
     drawn = [move for move in moves if move in largest]
     row = 0.24 if width >= 5 else 0.2
@@ -40,12 +41,12 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     add_title(picture, _moves_finding(moves))
     values = np.array([[move.before, move.after] for move in drawn], dtype=float).reshape(-1, 2)
     finite = values[(values > 0) & (values < INFINITE)]
-    decades = (-1.0, max(2.0, float(math.ceil(math.log10(max([*finite, 10 * report["threshold"]])) + 0.3))))
-    log_axis(axes, "x", decades, zero_row=bool((values == 0).any()), marks=[1, report["threshold"]])
-    axes.axvspan(report["threshold"], 10 ** (decades[1] + 0.5), color=FAULT, alpha=0.07, linewidth=0)
+    decades = (-1.0, max(2.0, float(math.ceil(math.log10(max([*finite, 10 * report.threshold])) + 0.3))))
+    log_axis(axes, "x", decades, zero_row=bool((values == 0).any()), marks=[1, report.threshold])
+    axes.axvspan(report.threshold, 10 ** (decades[1] + 0.5), color=FAULT, alpha=0.07, linewidth=0)
     axes.axvline(1, color=MUTED, lw=0.8)
-    axes.axvline(report["threshold"], color=INK, lw=0.8, ls=(0, (4, 2)))
-    draw_dumbbells(axes, values, decades, report["threshold"], ("as shipped", "with the fix"))
+    axes.axvline(report.threshold, color=INK, lw=0.8, ls=(0, (4, 2)))
+    draw_dumbbells(axes, values, decades, report.threshold, ("as shipped", "with the fix"))
     axes.set_yticks(range(len(drawn)), [move.stage for move in drawn])
     axes.set_ylim(max(len(drawn), 1) - 0.4, -0.6)
     axes.set_xlabel("error ÷ its own rounding")
@@ -57,20 +58,20 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     return picture
 
 
-def _moves(stages: Sequence[Mapping[str, Any]]) -> tuple[list[Move], int]:
+def _moves(stages: Sequence[Stage]) -> tuple[list[Move], int]:
     """The stages that the fix moves, and how many it leaves where they were."""
     moves, still = [], 0
     for stage in stages:
-        before, after = to_floats([stage.get("excess"), (stage.get("fixed") or {}).get("excess")])
-        if stage.get("junction") or not stage.get("fixed"):
+        if stage.junction or stage.fixed is None:
             continue
-        if not all(side.get("refereed", True) for side in (stage, stage["fixed"])):
+        before, after = to_floats([stage.excess, stage.fixed.excess])
+        if not all(side.refereed for side in (stage, stage.fixed)):
             continue  # there is no number to move from or to
         alike = (math.isnan(before) and math.isnan(after)) or abs(after - before) <= SMALLEST_MOVE * abs(before)
         if alike:
             still += 1
         else:
-            moves.append(Move(stage["name"], before, after))
+            moves.append(Move(stage.name, before, after))
     return moves, still
 
 
@@ -83,14 +84,11 @@ def _moves_finding(moves: list[Move]) -> str:
 
 
 def alt_text(report: Report, arrays: Arrays) -> str:
-    moves, still = _moves(report["stages"])
+    moves, still = _moves(report.stages)
     return f"{_moves_finding(moves)}. {as_count(still, 'stage')} moved by less than 10 %."
 
 
 def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
     """A row for each stage that the fix could move."""
-    stages = [stage for stage in report["stages"] if stage.get("fixed")]
-    return [
-        {"name": stage["name"], "excess": stage.get("excess"), "excess_fixed": stage["fixed"].get("excess")}
-        for stage in stages
-    ]
+    pairs = [(stage, stage.fixed) for stage in report.stages if stage.fixed]
+    return [{"name": stage.name, "excess": stage.excess, "excess_fixed": fixed.excess} for stage, fixed in pairs]

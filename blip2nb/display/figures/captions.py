@@ -30,12 +30,14 @@ from blip2nb.display.figures.style import (
     styled,
 )
 from blip2nb.display.figures.words import as_count, as_number, as_token, text_inches, to_floats, wrap_text
+from blip2nb.forms import there
+from blip2nb.report.schema import Ladder
 
 _LEAST = -16.0  # nats; what is less likely than one in nine million is an arrowhead at the axis's end
 
 
 def available(report: Report, arrays: Arrays) -> bool:
-    return bool(((report.get("captions") or {}).get("lavis") or {}).get("greedy"))
+    return report.captions is not None and bool(report.captions.lavis.get("greedy"))
 
 
 @styled
@@ -50,7 +52,8 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
         arrays: not used.
         width: inches.
     """
-    ours, theirs = (report["captions"][side]["greedy"] for side in ("lavis", "huggingface"))
+    said = there(report.captions)
+    ours, theirs = said.lavis["greedy"], said.huggingface["greedy"]
     size = matplotlib.rcParams["font.size"] / 72
     ladder = _ladder_to_draw(report)
     beside = ladder is not None and width >= 5
@@ -174,11 +177,10 @@ class _Ladder:
     second: np.ndarray
 
     @classmethod
-    def of(cls, image: int, both: Report) -> _Ladder:
-        steps = list(itertools.zip_longest(both["lavis"], both["transformers"], fillvalue=(None, None, None, None)))
-        columns = [[(a[n], b[n]) for a, b in steps] for n in range(4)]
-        numbers = [to_floats(itertools.chain(*columns[n])).reshape(-1, 2) for n in (1, 3)]
-        return cls(image, columns[0], columns[2], *numbers)
+    def of(cls, image: int, both: Ladder) -> _Ladder:
+        steps = list(itertools.zip_longest(both.lavis, both.transformers, fillvalue=(None, None, None, None)))
+        chosen, second = (to_floats(one[n] for pair in steps for one in pair).reshape(-1, 2) for n in (1, 3))
+        return cls(image, [(a[0], b[0]) for a, b in steps], [(a[2], b[2]) for a, b in steps], chosen, second)
 
     @property
     def parting(self) -> int | None:
@@ -188,8 +190,8 @@ class _Ladder:
     @property
     def lost(self) -> np.ndarray:
         """The steps at which a model chose a token with a log-probability that is not a number."""
-        there = np.array([[text is not None for text in pair] for pair in self.tokens])
-        return np.asarray((np.isnan(self.chosen) & there).any(axis=1))
+        chose = np.array([[text is not None for text in pair] for pair in self.tokens])
+        return np.asarray((np.isnan(self.chosen) & chose).any(axis=1))
 
     @property
     def margins(self) -> np.ndarray:
@@ -205,7 +207,7 @@ class _Ladder:
 
 def _ladder_to_draw(report: Report) -> _Ladder | None:
     """Of the first image on which the models part; else of the one with the nearest tie."""
-    whole = [_Ladder.of(n, both) for n, both in enumerate(report["captions"].get("ladder") or [], 1)]
+    whole = [_Ladder.of(n, both) for n, both in enumerate(there(report.captions).ladder, 1)]
     ladders = [ladder for ladder in whole if ladder.tokens]
     parted = [ladder for ladder in ladders if ladder.parting is not None]
     return parted[0] if parted else min(ladders, key=lambda ladder: ladder.margins.min(), default=None)
@@ -332,11 +334,11 @@ def _captions_finding(ours: Sequence[str], theirs: Sequence[str]) -> str:
 
 def _caption_notes(report: Report) -> list[str]:
     notes = []
-    for mode, values in (report["captions"].get("modes") or {}).items():
-        equal = values.get("equal")
+    for mode, values in there(report.captions).modes.items():
+        equal = values.equal
         if mode != "greedy" and equal:
             notes.append(f"{_MODES.get(mode, mode)}: {sum(map(bool, equal))} of {len(equal)} equal")
-    if report.get("random_weights"):
+    if report.random_weights:
         notes.append("random weights: this caption is noise on purpose")
     return notes
 
@@ -345,27 +347,28 @@ _MODES = {"beams": "five beams", "default": "five beams as LAVIS sets them by de
 
 
 def alt_text(report: Report, arrays: Arrays) -> str:
-    ours, theirs = (report["captions"][side]["greedy"] for side in ("lavis", "huggingface"))
+    said = there(report.captions)
+    ours, theirs = said.lavis["greedy"], said.huggingface["greedy"]
     ladder = _ladder_to_draw(report)
     sure = f" {_ladder_finding(ladder)}." if ladder else ""
-    noise = " The weights are random, so the captions are noise on purpose." if report.get("random_weights") else ""
+    noise = " The weights are random, so the captions are noise on purpose." if report.random_weights else ""
     return f"{_captions_finding(ours, theirs)}. {as_count(len(ours), 'image')} in all.{sure}{noise}"
 
 
 def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
     """A row for each image and way of decoding, and one for each token of the ladders, whose place is `token`."""
-    said = report["captions"]
+    said = there(report.captions)
     captions = [
         _table_row(mode, number, None, (ours, None, None, None), (theirs, None, None, None))
-        for mode in said["lavis"]
-        for number, (ours, theirs) in enumerate(zip(said["lavis"][mode], said["huggingface"][mode], strict=True), 1)
+        for mode in said.lavis
+        for number, (ours, theirs) in enumerate(zip(said.lavis[mode], said.huggingface[mode], strict=True), 1)
     ]
     nothing = (None, None, None, None)
     tokens = [
         _table_row("greedy", number, place, ours, theirs)
-        for number, both in enumerate(said.get("ladder") or [], 1)
+        for number, both in enumerate(said.ladder, 1)
         for place, (ours, theirs) in enumerate(
-            itertools.zip_longest(both["lavis"], both["transformers"], fillvalue=nothing), 1
+            itertools.zip_longest(both.lavis, both.transformers, fillvalue=nothing), 1
         )
     ]
     return captions + tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -30,16 +31,16 @@ class Depth:
 
     @classmethod
     def of(cls, report: Report) -> Depth:
-        stages = report["stages"]
-        first = (report.get("first_divergence") or {}).get("stage")
+        stages = report.stages
+        first = report.first_stage
         keys = ("arrival_error", "drift", "local_error", "rounding", "excess")
-        columns = {key: to_floats(stage.get(key) for stage in stages) for key in keys}
-        junction = np.array([bool(stage.get("junction")) for stage in stages], dtype=bool)
+        columns = {key: to_floats(getattr(stage, key) for stage in stages) for key in keys}
+        junction = np.array([bool(stage.junction) for stage in stages], dtype=bool)
         own = np.where(junction, columns["arrival_error"], columns["local_error"])
         return cls(
-            names=[stage["name"] for stage in stages],
+            names=[stage.name for stage in stages],
             junction=junction,
-            wrong=(columns["excess"] > report["threshold"]) | np.array([s["name"] == first for s in stages], bool),
+            wrong=(columns["excess"] > report.threshold) | np.array([s.name == first for s in stages], bool),
             broken=np.isnan(own) | np.isnan(columns["drift"]),
             **columns,
         )
@@ -55,19 +56,24 @@ class Depth:
 
     def parts(self) -> list[tuple[str, int, int]]:
         """(name, first place, one past the last) of each stretch of stages that belong together."""
-        split = any(name.startswith("language.decoder") for name in self.names)
-        labels, language = [], "language encoder" if split else "language"
-        for name in self.names:
-            head = name.split(".")[0]
-            if name.startswith("language.decoder"):
-                language = "language decoder"
-            labels.append(_PARTS.get(head, head) if _PARTS.get(head) != "language" else language)
-        found, start = [], 0
-        for label, group in itertools.groupby(labels):
-            end = start + len(list(group))
-            found.append((label, start, end))
-            start = end
-        return found
+        return parts_of(self.names)
+
+
+def parts_of(names: Sequence[str]) -> list[tuple[str, int, int]]:
+    """(name, first place, one past the last) of each stretch of stages that belong together, by their names."""
+    split = any(name.startswith("language.decoder") for name in names)
+    labels, language = [], "language encoder" if split else "language"
+    for name in names:
+        head = name.split(".")[0]
+        if name.startswith("language.decoder"):
+            language = "language decoder"
+        labels.append(_PARTS.get(head, head) if _PARTS.get(head) != "language" else language)
+    found, start = [], 0
+    for label, group in itertools.groupby(labels):
+        end = start + len(list(group))
+        found.append((label, start, end))
+        start = end
+    return found
 
 
 _PARTS = {"pixels": "vision", "qformer": "Q-Former", "language": "language", "logits": "language"}

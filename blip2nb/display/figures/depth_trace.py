@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -30,11 +29,12 @@ from blip2nb.display.figures.axes import (
 from blip2nb.display.figures.depth import Depth, block_ticks, marker_size, part_lines, part_strip
 from blip2nb.display.figures.style import FAULT, INK, MUTED, ROUNDING, Arrays, Picture, Report, styled
 from blip2nb.display.figures.words import as_count, as_number, as_times, first_few, text_inches, to_floats, wrap_text
-from blip2nb.report.store import INFINITE
+from blip2nb.forms import INFINITE
+from blip2nb.report.schema import FirstDivergence
 
 
 def available(report: Report, arrays: Arrays) -> bool:
-    return bool(report.get("stages"))
+    return bool(report.stages)
 
 
 @styled
@@ -57,7 +57,7 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     strip = picture.add_subplot(rows[2], sharex=above)
     add_title(picture, _finding(report, depth))
     _errors_over_depth(above, depth)
-    _excess_over_depth(below, depth, report["threshold"], width)
+    _excess_over_depth(below, depth, report.threshold, width)
     picture.align_ylabels([above, below])
     for axes in (above, below):
         part_lines(axes, depth)
@@ -75,11 +75,11 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
 
 def _finding(report: Report, depth: Depth) -> str:
     """What the depth trace shows, as a title."""
-    first = report.get("first_divergence")
+    first = report.first_divergence
     if first:
-        excess = to_floats([first.get("excess")])[0]
+        excess = to_floats([first.excess])[0]
         size = f"error {as_times(excess)} its own rounding" if not math.isnan(excess) else _without_excess(depth, first)
-        return f"First wrong at {first['stage']}: {size}"
+        return f"First wrong at {first.stage}: {size}"
     if depth.broken.any():
         return f"Not a number at {depth.names[int(depth.broken.argmax())]}: the stages hatched cannot be judged"
     own = np.where(depth.junction, depth.arrival_error, depth.local_error)
@@ -97,8 +97,8 @@ def _finding(report: Report, depth: Depth) -> str:
     return f"No stage is wrong: the largest error is {top}"
 
 
-def _without_excess(depth: Depth, first: Mapping[str, Any]) -> str:
-    place = depth.names.index(first["stage"]) if first["stage"] in depth.names else None
+def _without_excess(depth: Depth, first: FirstDivergence) -> str:
+    place = depth.names.index(first.stage) if first.stage in depth.names else None
     if place is not None and depth.junction[place] and not depth.broken[place]:
         return f"what arrives there is off by {as_number(depth.arrival_error[place])}"
     return "its output is not a number"
@@ -165,11 +165,11 @@ def _fault_sizes(axes: Axes, depth: Depth, shown: np.ndarray, width: float, most
 
 def _callout(picture: Figure, above: Axes, below: Axes, report: Report, depth: Depth, width: float) -> None:
     """The first divergence in words, over a line through both panels: over the data there is no room that is safe."""
-    first = report.get("first_divergence")
-    if not first or first["stage"] not in depth.names:
+    first = report.first_divergence
+    if not first or first.stage not in depth.names:
         return
-    place = depth.names.index(first["stage"])
-    lines = [_divergence_words(first, depth, place), first.get("cause") or "the cause is not known"]
+    place = depth.names.index(first.stage)
+    lines = [_divergence_words(first, depth, place), first.cause or "the cause is not known"]
     others = [f"{depth.names[p]} ({as_times(depth.excess[p])})" for p in depth.places[depth.wrong] if p != place]
     if others:
         lines.append("also: " + first_few(others, 3))
@@ -186,9 +186,9 @@ def _callout(picture: Figure, above: Axes, below: Axes, report: Report, depth: D
     picture.add_artist(line)
 
 
-def _divergence_words(first: Mapping[str, Any], depth: Depth, place: int) -> str:
+def _divergence_words(first: FirstDivergence, depth: Depth, place: int) -> str:
     what, own = ("error on arrival", depth.arrival_error) if depth.junction[place] else ("error", depth.local_error)
-    return f"{first['stage']}: {what} {as_number(own[place])}"
+    return f"{first.stage}: {what} {as_number(own[place])}"
 
 
 def _depth_legend(depth: Depth) -> list[tuple[Artist, str]]:
@@ -209,7 +209,7 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     words = f"Errors of {as_count(len(depth.names), 'stage')} over depth. {_finding(report, depth)}."
     drift = depth.drift[~np.isnan(depth.drift)]
     if len(drift):
-        words += f" Drift reaches {as_number(drift.max())}; a fault is above {report['threshold']:g} × rounding."
+        words += f" Drift reaches {as_number(drift.max())}; a fault is above {report.threshold:g} × rounding."
     if (count := int((depth.unjudged & ~depth.broken).sum())) > 0:
         words += f" {as_count(count, 'stage')} {'is' if count == 1 else 'are'} not judged: the float64 run failed."
     return words
@@ -218,4 +218,4 @@ def alt_text(report: Report, arrays: Arrays) -> str:
 def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
     """A row for each stage."""
     keys = ("name", "junction", "arrival_error", "drift", "local_error", "rounding", "excess")
-    return [{key: stage.get(key) for key in keys} for stage in report["stages"]]
+    return [{key: getattr(stage, key) for key in keys} for stage in report.stages]

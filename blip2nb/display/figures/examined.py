@@ -8,6 +8,7 @@ import numpy as np
 
 from blip2nb.display.figures.style import Arrays, Report
 from blip2nb.display.figures.words import as_percent
+from blip2nb.forms import there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,19 +25,19 @@ class Examined:
 
     @classmethod
     def of(cls, report: Report, arrays: Arrays) -> Examined:
-        about = report["examined"]
+        about = there(report.examined)
         ours, theirs = (np.asarray(arrays[f"examined/{side}"], dtype=float) for side in ("lavis", "transformers"))
         with np.errstate(invalid="ignore"):  # infinity − infinity is NaN, and drawn as such
             residual = theirs - ours
-        heads = about.get("heads")
+        heads = about.heads
         return cls(
-            stage=about["stage"],
-            fault=bool(report.get("first_divergence")),
+            stage=about.stage,
+            fault=bool(report.first_divergence),
             values=ours,
             residual=residual,
-            step=about.get("channel_step") or 1,
-            channels=about["channels"],
-            heads=heads if heads and heads > 1 and about["channels"] % heads == 0 else None,
+            step=about.channel_step,
+            channels=about.channels,
+            heads=heads if heads and heads > 1 and about.channels % heads == 0 else None,
         )
 
     @property
@@ -56,4 +57,4 @@ class Examined:
 
 
 def has_examined(report: Report, arrays: Arrays) -> bool:
-    return bool(report.get("examined")) and all(f"examined/{side}" in arrays for side in ("lavis", "transformers"))
+    return bool(report.examined) and all(f"examined/{side}" in arrays for side in ("lavis", "transformers"))

@@ -10,6 +10,8 @@ from matplotlib.patches import Patch
 from blip2nb.display.figures.axes import add_title
 from blip2nb.display.figures.style import FAULT, INK, MUTED, Arrays, Picture, Report, styled
 from blip2nb.display.figures.words import as_bytes, byte_unit, first_few, wrap_text
+from blip2nb.forms import there
+from blip2nb.report.schema import Weights
 
 _KINDS = {"Rename": "#5B6C8F", "FuseQueryValueBias": "#F0D95B"}  # cividis: dark and light, so they part in grey too
 
@@ -21,7 +23,7 @@ _WORDS = {"Rename": "renamed", "FuseQueryValueBias": "fused"}
 
 
 def available(report: Report, arrays: Arrays) -> bool:
-    return bool((report.get("weights") or {}).get("bytes_by_kind"))
+    return report.weights is not None and bool(report.weights.bytes_by_kind)
 
 
 @styled
@@ -33,8 +35,8 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
         arrays: not used.
         width: inches.
     """
-    weights = report["weights"]
-    table = weights["bytes_by_kind"]
+    weights = there(report.weights)
+    table = weights.bytes_by_kind
     picture = Picture(width, 2.9 if width >= 5 else 2.8, alt_text(report, arrays))
     axes = picture.add_subplot()
     add_title(picture, _files_finding(weights))
@@ -55,7 +57,7 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     axes.set_xlim(0, total / unit * (1.38 if width >= 5 else 1.75))
     axes.set_xlabel(f"written, in {word}")
     picture.supxlabel(wrap_text(_account(weights), width - 0.15), x=0.01, ha="left", size="medium",
-                      color=FAULT if weights["missing"] or weights["unexpected"] else MUTED)  # fmt: skip
+                      color=FAULT if weights.missing or weights.unexpected else MUTED)  # fmt: skip
     keys = [Patch(fc=colours[name], ec=INK, lw=0.4, label=_WORDS.get(name, name)) for name in names]
     axes.legend(handles=keys, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, handlelength=1.4, borderpad=0.1)
     return picture
@@ -70,12 +72,13 @@ COMPONENTS = {
 }
 
 
-def _files_finding(weights: Mapping[str, Any]) -> str:
-    wrong = [f"{len(weights[key])} {key}" for key in ("missing", "unexpected") if weights[key]]
+def _files_finding(weights: Weights) -> str:
+    names = {"missing": weights.missing, "unexpected": weights.unexpected}
+    wrong = [f"{len(some)} {what}" for what, some in names.items() if some]
     if wrong:
         return f"Not all tensors are accounted for: {' and '.join(wrong)}"
-    total = sum(sum(kinds.values()) for kinds in weights["bytes_by_kind"].values())
-    return f"Every tensor is accounted for: {weights['written']} written, {as_bytes(total)}"
+    total = sum(sum(kinds.values()) for kinds in weights.bytes_by_kind.values())
+    return f"Every tensor is accounted for: {weights.written} written, {as_bytes(total)}"
 
 
 def _bar_words(kinds: Mapping[str, int]) -> str:
@@ -84,14 +87,14 @@ def _bar_words(kinds: Mapping[str, int]) -> str:
     return as_bytes(total) + (f", {as_bytes(fused)} of it fused" if fused else "")
 
 
-def _account(weights: Mapping[str, Any]) -> str:
-    wrong = [key for key in ("missing", "unexpected") if weights[key]]
-    sentences = [f"{key.capitalize()}: {first_few(list(weights[key]), 2)}." for key in wrong]
-    parts = [f"{len(weights.get(key) or {})} {words}" for key, words in _NOT_WRITTEN.items()]
+def _account(weights: Weights) -> str:
+    names = {"Missing": weights.missing, "Unexpected": weights.unexpected}
+    sentences = [f"{what}: {first_few(list(some), 2)}." for what, some in names.items() if some]
+    parts = [f"{len(getattr(weights, key))} {words}" for key, words in _NOT_WRITTEN.items()]
     sentences.append(f"Not written, by name: {', '.join(parts)}.")
     for key, (proven, refuted) in _PROOFS.items():
-        if weights.get(key) is not None:
-            sentences.append(proven if weights[key] else refuted)
+        if (holds := getattr(weights, key)) is not None:
+            sentences.append(proven if holds else refuted)
     return " ".join(sentences)
 
 
@@ -105,14 +108,14 @@ _NOT_WRITTEN = {"tied": "tied to another", "dropped": "dropped as a buffer", "un
 
 
 def alt_text(report: Report, arrays: Arrays) -> str:
-    table = report["weights"]["bytes_by_kind"]
+    table = there(report.weights).bytes_by_kind
     sizes = ", ".join(f"{COMPONENTS.get(name, name)} {as_bytes(sum(kinds.values()))}" for name, kinds in table.items())
-    return f"{_files_finding(report['weights'])}. By component: {sizes}."
+    return f"{_files_finding(there(report.weights))}. By component: {sizes}."
 
 
 def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
     """A row for each component and what was done to its bytes."""
-    table = report["weights"]["bytes_by_kind"]
+    table = there(report.weights).bytes_by_kind
     return [
         {"component": name, "operation": _WORDS.get(kind, kind), "bytes": size}
         for name, kinds in table.items()

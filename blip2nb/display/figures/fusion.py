@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -14,12 +13,14 @@ from matplotlib.ticker import MaxNLocator
 from blip2nb.display.figures.axes import ERROR_DECADES, add_title, draw_markers, log_axis, on_axis
 from blip2nb.display.figures.style import FAULT, HAIRLINE, INK, ROUNDING, Arrays, Picture, Report, styled
 from blip2nb.display.figures.words import as_number, to_floats
+from blip2nb.forms import there
+from blip2nb.report.schema import Fusion
 
 _THIRDS = ("#009E73", "#8C8C8C", "#CC79A7")  # query, key, value: neither model's colour, nor a fault's
 
 
 def available(report: Report, arrays: Arrays) -> bool:
-    return bool(report.get("fusion")) and all(f"fusion/{name}" in arrays for name in ("query", "value", "fused"))
+    return bool(report.fusion) and all(f"fusion/{name}" in arrays for name in ("query", "value", "fused"))
 
 
 @styled
@@ -36,7 +37,7 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     panels: Any = [["two", "effect"], ["one", "effect"]] if wide else [["two"], ["one"], ["effect"]]
     axes = picture.subplot_mosaic(panels, width_ratios=[1.75, 1] if wide else None,
                                   height_ratios=None if wide else [1, 1, 1.1])  # fmt: skip
-    add_title(picture, _fusion_finding(report["fusion"]))
+    add_title(picture, _fusion_finding(there(report.fusion)))
     query, value, fused = (np.asarray(arrays[f"fusion/{name}"], dtype=float) for name in ("query", "value", "fused"))
     third = len(query)
     parts = [(query, 0), (np.zeros(0), 1), (value, 2)]
@@ -50,7 +51,7 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
         axis.set_xticks([0, third, 2 * third, 3 * third])
         axis.yaxis.set_major_locator(MaxNLocator(3, symmetric=True))
     _fusion_words(axes["two"], axes["one"], query, value, fused)
-    _bias_effects(axes["effect"], report["fusion"])
+    _bias_effects(axes["effect"], there(report.fusion))
     return picture
 
 
@@ -81,8 +82,8 @@ def _fusion_words(two: Axes, one: Axes, query: np.ndarray, value: np.ndarray, fu
     one.set_xlabel(f"channel ({exact})", color=INK if same else FAULT)
 
 
-def _fusion_finding(values: Mapping[str, Any]) -> str:
-    key, query = to_floats([values.get("key_bias_effect"), values.get("query_bias_effect")])
+def _fusion_finding(values: Fusion) -> str:
+    key, query = to_floats([values.key_bias_effect, values.query_bias_effect])
     if key <= _ROUNDING_EFFECT:
         change = "nothing" if key == 0 else f"{as_number(key)}, rounding alone"
         return f"A random key bias changes the output by {change}; a random query bias by {as_number(query)}"
@@ -93,8 +94,8 @@ def _fusion_finding(values: Mapping[str, Any]) -> str:
 _ROUNDING_EFFECT = 1e-5
 
 
-def _bias_effects(axes: Axes, values: Mapping[str, Any]) -> None:
-    sizes = to_floats([values.get("query_bias_effect"), values.get("key_bias_effect")])
+def _bias_effects(axes: Axes, values: Fusion) -> None:
+    sizes = to_floats([values.query_bias_effect, values.key_bias_effect])
     log_axis(axes, "x", ERROR_DECADES, zero_row=True)
     shown = on_axis(sizes, ERROR_DECADES)
     axes.axvspan(10.0 ** ERROR_DECADES[0], _ROUNDING_EFFECT, color=ROUNDING, linewidth=0)
@@ -108,11 +109,11 @@ def _bias_effects(axes: Axes, values: Mapping[str, Any]) -> None:
     axes.set_yticks([0, 1], ["query", "key"])
     axes.set_ylim(1.7, -0.7)
     axes.set_title("a random bias on …", loc="left")
-    axes.set_xlabel(f"relative change of the\noutput of block {values.get('block', 0)}")
+    axes.set_xlabel(f"relative change of the\noutput of block {values.block}")
 
 
 def alt_text(report: Report, arrays: Arrays) -> str:
-    return f"LAVIS's query and value bias become one, with zeros for the key. {_fusion_finding(report['fusion'])}."
+    return f"LAVIS's query and value bias become one, with zeros for the key. {_fusion_finding(there(report.fusion))}."
 
 
 def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -27,9 +27,8 @@ from blip2nb.display.figures.axes import (
 )
 from blip2nb.display.figures.style import FAULT, INK, Arrays, Picture, Report, styled
 from blip2nb.display.figures.words import as_count, as_times, first_few, text_inches, to_floats, wrap_text
-from blip2nb.report.store import INFINITE
-
-Fault = Mapping[str, Any]
+from blip2nb.forms import INFINITE
+from blip2nb.report.schema import Fault, Place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +44,7 @@ class _Inside:
 
     stage: str
     faults: Sequence[Fault]
-    places: Sequence[Mapping[str, Any]]
+    places: Sequence[Place]
     left_out: int
     names: list[str]
     arriving: np.ndarray
@@ -55,25 +54,25 @@ class _Inside:
 
     @classmethod
     def of(cls, report: Report) -> _Inside:
-        first = next(fault for fault in report["faults"] if len(fault["inside"]) > 1)
-        faults = [fault for fault in report["faults"] if fault["stage"] == first["stage"]]
-        *before, last = first["inside"]
-        places = [*(one for one in before if one["local_error"] != 0 or one["rounding"] != 0), last]
+        first = next(fault for fault in report.faults if len(fault.inside) > 1)
+        faults = [fault for fault in report.faults if fault.stage == first.stage]
+        *before, last = first.inside
+        places = [*(one for one in before if one.local_error != 0 or one.rounding != 0), last]
         after = [math.nan] * len(places)
         for fault in faults:
             at = _place_of(fault, places)
-            test = fault["causes"][0]["counter_test"]
+            test = fault.causes[0].counter_test
             if at is not None and test is not None:
-                after[at] = to_floats(test["excess"])[1]
+                after[at] = to_floats(test.excess)[1]
         return cls(
-            stage=first["stage"],
+            stage=first.stage,
             faults=faults,
             places=places,
-            left_out=len(first["inside"]) - len(places),
+            left_out=len(first.inside) - len(places),
             names=_names(places),
-            arriving=np.array([place["at"] == "in" for place in places], dtype=bool),
-            faulty=np.array([place["faulty"] for place in places], dtype=bool),
-            excess=to_floats(place["excess"] for place in places),
+            arriving=np.array([place.at == "in" for place in places], dtype=bool),
+            faulty=np.array([place.faulty for place in places], dtype=bool),
+            excess=to_floats(place.excess for place in places),
             after=np.array(after),
         )
 
@@ -82,27 +81,27 @@ class _Inside:
         return np.arange(len(self.names))
 
 
-def _place_of(fault: Fault, places: Sequence[Mapping[str, Any]]) -> int | None:
+def _place_of(fault: Fault, places: Sequence[Place]) -> int | None:
     """Where a fault was measured. One of the stage as a whole, such as another layer's weights, has no such place."""
-    measured = ("local_error", "excess")
-    return next((n for n, one in enumerate(places) if all(one[key] == fault[key] for key in measured)), None)
+    measured = fault.local_error, fault.excess
+    return next((n for n, one in enumerate(places) if (one.local_error, one.excess) == measured), None)
 
 
-def _names(places: Sequence[Mapping[str, Any]]) -> list[str]:
+def _names(places: Sequence[Place]) -> list[str]:
     """Code between two modules goes by what it is, a module by as much of its path's end as no other has."""
-    modules = {place["module"] for place in places if place["at"] == "out"}
+    modules = {place.module for place in places if place.at == "out"}
     names = []
     for place in places[:-1]:
-        parts = place["module"].split(".")
+        parts = place.module.split(".")
         ends = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
         own = [e for e in ends if not e.isdigit() and sum(f".{one}".endswith(f".{e}") for one in modules) < 2]
         end = next(iter(own), ends[-1])
-        names.append(end if place["at"] == "out" else place["part"])
-    return [*names, places[-1]["part"]]  # the stage's own output, the work of the code behind its last module
+        names.append(end if place.at == "out" else place.part)
+    return [*names, places[-1].part]  # the stage's own output, the work of the code behind its last module
 
 
 def available(report: Report, arrays: Arrays) -> bool:
-    return any(len(fault["inside"]) > 1 for fault in report.get("faults") or [])
+    return any(len(fault.inside) > 1 for fault in report.faults)
 
 
 @styled
@@ -123,9 +122,9 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     picture = Picture(width, panel + around + names + words, alt_text(report, arrays))
     axes = picture.add_subplot()
     add_title(picture, _finding(inside))
-    _excess_in_order(axes, inside, report["threshold"], panel)
+    _excess_in_order(axes, inside, report.threshold, panel)
     wrong = inside.steps[inside.faulty | np.isnan(inside.excess)]
-    name_zones(axes, wrong, len(inside.names), report["threshold"], width)
+    name_zones(axes, wrong, len(inside.names), report.threshold, width)
     _name_places(axes, inside, width)
     axes.text(0, 1.04, causes, transform=axes.transAxes, va="bottom", color=FAULT, linespacing=1.3,
               size=matplotlib.rcParams["legend.fontsize"])  # fmt: skip
@@ -193,8 +192,8 @@ def _causes(inside: _Inside, room: float) -> str:
     """The likeliest cause of the first faults, in lines of at most `room` inches."""
     lines = []
     for fault in inside.faults[:2]:
-        words, test = said(fault, fault["causes"][0]), outcome(fault["causes"][0])
-        lines.append(f"{fault['part']}: {words}{f' ({test})' if test else ''}")
+        words, test = said(fault, fault.causes[0]), outcome(fault.causes[0])
+        lines.append(f"{fault.part}: {words}{f' ({test})' if test else ''}")
     if len(inside.faults) > len(lines):
         lines.append(f"and {as_count(len(inside.faults) - len(lines), 'more fault')}")
     return "\n".join(wrap_text(line, room, "legend.fontsize") for line in lines)
@@ -217,8 +216,8 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     inside = _Inside.of(report)
     words = f"{_finding(inside)}. {as_count(len(inside.names), 'place')} inside it in the order of execution."
     fault = inside.faults[0]
-    test = outcome(fault["causes"][0])
-    return f"{words} Likely cause: {said(fault, fault['causes'][0])}{f'; {test}' if test else ''}."
+    test = outcome(fault.causes[0])
+    return f"{words} Likely cause: {said(fault, fault.causes[0])}{f'; {test}' if test else ''}."
 
 
 def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
@@ -226,5 +225,7 @@ def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
     inside = _Inside.of(report)
     after = {id(place): value for place, value in zip(inside.places, inside.after.tolist(), strict=True)}
     keys = ("module", "part", "at", "local_error", "rounding", "excess", "faulty")
-    first = next(fault for fault in inside.faults if len(fault["inside"]) > 1)
-    return [{**{key: place[key] for key in keys}, "excess_after": after.get(id(place))} for place in first["inside"]]
+    first = next(fault for fault in inside.faults if len(fault.inside) > 1)
+    return [
+        {**{key: getattr(place, key) for key in keys}, "excess_after": after.get(id(place))} for place in first.inside
+    ]

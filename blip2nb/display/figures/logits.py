@@ -23,12 +23,13 @@ from blip2nb.display.figures.axes import (
 )
 from blip2nb.display.figures.style import FAULT, INK, LAVIS, MUTED, TRANSFORMERS, Arrays, Picture, Report, styled
 from blip2nb.display.figures.words import as_number, as_percent, as_token, to_floats
+from blip2nb.forms import there
 
 _ARRAYS = ("kl", "max_abs", "margin", "top_lavis", "top_huggingface")
 
 
 def available(report: Report, arrays: Arrays) -> bool:
-    return bool(report.get("logits")) and all(f"logits/{name}" in arrays for name in _ARRAYS)
+    return bool(report.logits) and all(f"logits/{name}" in arrays for name in _ARRAYS)
 
 
 @styled
@@ -73,8 +74,8 @@ def _flips(arrays: Arrays) -> np.ndarray:
 
 
 def _logits_finding(report: Report, flips: np.ndarray) -> str:
-    values = report["logits"]
-    relative, agreement = to_floats([values.get("relative"), values.get("top1_agreement")])
+    values = there(report.logits)
+    relative, agreement = to_floats([values.relative, values.top1_agreement])
     if relative == 0:
         return f"Logits bit-equal at all {len(flips)} positions"
     risk = "none can flip" if not flips.any() else f"{int(flips.sum())} of {len(flips)} can flip"
@@ -95,7 +96,7 @@ def _per_position(axes: Axes, values: np.ndarray, decades: tuple[float, float], 
 
 
 def _top_tokens(axes: Axes, report: Report, arrays: Arrays) -> None:
-    readable = [as_token(text) for text in (report.get("top_tokens") or [])[:10]]
+    readable = [as_token(text) for text in report.top_tokens[:10]]
     texts = [text if len(text) <= 14 else f"{text[:13]}…" for text in readable]  # a URL leaves no room for the plot
     ours = np.asarray(arrays["logits/top_lavis"], dtype=float)[-1][: len(texts)]
     theirs = np.asarray(arrays["logits/top_huggingface"], dtype=float)[-1][: len(texts)]
@@ -131,8 +132,10 @@ def _flip_risk(axes: Axes, arrays: Arrays, flips: np.ndarray) -> None:
 
 
 def alt_text(report: Report, arrays: Arrays) -> str:
-    values = report["logits"]
-    largest, relative, kl, agreement = to_floats(values.get(k) for k in ("max_abs", "relative", "kl", "top1_agreement"))
+    values = there(report.logits)
+    largest, relative, kl, agreement = to_floats(
+        getattr(values, k) for k in ("max_abs", "relative", "kl", "top1_agreement")
+    )
     return (
         f"Logits of LAVIS and transformers differ by at most {as_number(largest)} ({as_number(relative)} relative, "
         f"KL divergence {as_number(kl)}); the top token is the same at {as_percent(agreement)} of positions."

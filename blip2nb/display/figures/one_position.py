@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from blip2nb.display.figures.axes import add_legend, add_title, hatch_where
 from blip2nb.display.figures.style import INK, LAVIS, MUTED, TRANSFORMERS, Arrays, Picture, Report, styled
 from blip2nb.display.figures.words import as_number
+from blip2nb.forms import there
 
 
 @styled
@@ -23,7 +24,7 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0, position: int = 0) 
     """
     ours, theirs = (np.asarray(arrays[f"examined/{side}"][position], float) for side in ("lavis", "transformers"))
     difference = theirs - ours
-    stage, finding = report["examined"]["stage"], _finding(difference)
+    stage, finding = there(report.examined).stage, _finding(difference)
     picture = Picture(width, 3.8, f"{stage}, position {position}: {finding}.")
     values, below = picture.subplots(2, 1, sharex=True, height_ratios=[1.5, 1])
     add_title(picture, f"{stage}, position {position}: {finding}")

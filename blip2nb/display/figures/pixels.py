@@ -16,10 +16,11 @@ from blip2nb.display.figures.axes import add_title
 from blip2nb.display.figures.cells import cell_steps, largest_by_cell
 from blip2nb.display.figures.style import HAIRLINE, Arrays, Picture, Report, styled
 from blip2nb.display.figures.words import as_number, as_percent
+from blip2nb.forms import there
 
 
 def available(report: Report, arrays: Arrays) -> bool:
-    return bool(report.get("pixel_values")) and all(f"pixels/{name}" in arrays for name in ("image", "pil", "default"))
+    return bool(report.pixel_values) and all(f"pixels/{name}" in arrays for name in ("image", "pil", "default"))
 
 
 @styled
@@ -98,15 +99,13 @@ def _pixel_words(values: np.ndarray) -> str:
 
 
 def alt_text(report: Report, arrays: Arrays) -> str:
-    values = report["pixel_values"]
-    ours = "are bit-equal" if values.get("equal") else "differ"
-    default = values.get("default") or {}
-    words = f"Pixel values of LAVIS and the PIL processor {ours} (at most {as_number(values.get('max_abs'))} apart)."
-    if not default:
-        return words
+    values = there(report.pixel_values)
+    ours = "are bit-equal" if values.equal else "differ"
+    default = values.default
+    words = f"Pixel values of LAVIS and the PIL processor {ours} (at most {as_number(values.max_abs)} apart)."
     return (
-        f"{words} The default processor differs in {as_percent(default.get('share'))} of them, by up to "
-        f"{as_number(default.get('max_abs'))}."
+        f"{words} The default processor differs in {as_percent(default.share)} of them, by up to "
+        f"{as_number(default.max_abs)}."
     )
 
 

@@ -107,10 +107,10 @@ class _Panel:
 
 
 def _panels(report: Report, arrays: Arrays) -> list[_Panel]:
-    stages = [stage for stage in report.get("stages") or [] if f"tokens/{stage['name']}" in arrays]
+    stages = [stage for stage in report.stages if f"tokens/{stage.name}" in arrays]
     if not stages:
         return []
-    depth = _depth(report, [stage["name"] for stage in stages])
+    depth = _depth(report, [stage.name for stage in stages])
     part_of = [part for part, start, stop in depth.parts() for _ in range(start, stop)]
     panels = []
     # The projection has the Q-Former's positions: one a query.
@@ -119,13 +119,13 @@ def _panels(report: Report, arrays: Arrays) -> list[_Panel]:
     for (part, length), group in itertools.groupby(zip(keys, depth.names, strict=True), key=lambda pair: pair[0]):
         names = [name for _, name in group]
         errors = np.stack([np.asarray(arrays[f"tokens/{name}"], dtype=float) for name in names], axis=1)
-        texts = (report.get("sequences") or {}).get(part.replace(" ", "."), [])
+        texts = (report.sequences or {}).get(part.replace(" ", "."), ())
         panels.append(_Panel(part, names, errors, list(texts) if len(texts) == length else []))
     return panels
 
 
 def _depth(report: Report, names: list[str]) -> Depth:
-    return Depth.of({**report, "stages": [{"name": name} for name in names]})
+    return Depth.of(dataclasses.replace(report, stages=tuple(one for one in report.stages if one.name in names)))
 
 
 def _rows(panels: list[_Panel], seen: _Panel | None, wide: bool) -> list[list[_Panel | None]]:
@@ -180,7 +180,7 @@ def _map(axes: Axes, panel: _Panel, report: Report, width: float, height: float)
     block_ticks(axes, _depth(report, panel.names), width)
     shown = f", the worst of each {panel.together}" if panel.together > 1 else ""
     axes.set_title(f"{panel.part.split()[-1]}: {panel.counted}{shown}", loc="left")
-    first = _first(report)
+    first = report.first_stage
     if first in panel.names:
         mark = legend_key("v", FAULT)
         mark.set(xdata=[panel.names.index(first)], ydata=[0], clip_on=False, zorder=3, label="first wrong")
@@ -272,7 +272,7 @@ def _over_image(axes: Axes, panel: _Panel, stage: str, image: np.ndarray | None)
 
 def _vision_stage(report: Report, panel: _Panel) -> str:
     """The examined stage if it is one of the vision tower's, else the one with the largest error."""
-    examined = (report.get("examined") or {}).get("stage")
+    examined = report.examined.stage if report.examined else ""
     return examined if examined in panel.names else _worst_stage([panel])[1]
 
 
@@ -301,7 +301,7 @@ def _colour_bar(picture: Picture, axes: Axes) -> None:
 
 def _add_keys(picture: Picture, report: Report, panels: list[_Panel], width: float) -> None:
     keys: list[tuple[Artist, str]] = []
-    first = _first(report)
+    first = report.first_stage
     if any(first in panel.names for panel in panels):
         keys.append((legend_key("v", FAULT), f"first wrong: {first}"))
     if any(np.isnan(panel.errors).any() for panel in panels):
@@ -313,15 +313,11 @@ def _add_keys(picture: Picture, report: Report, panels: list[_Panel], width: flo
 # -- what it says
 
 
-def _first(report: Report) -> str | None:
-    return (report.get("first_divergence") or {}).get("stage")
-
-
 def _focus(report: Report, panels: list[_Panel]) -> tuple[_Panel, str]:
     """The stage that the title speaks of: the first wrong one, or the first with NaN, or the examined one."""
     broken = [name for panel in panels
               for name, errors in zip(panel.names, panel.errors.T, strict=True) if np.isnan(errors).any()]  # fmt: skip
-    for wanted in (_first(report), *broken[:1], (report.get("examined") or {}).get("stage")):
+    for wanted in (report.first_stage, *broken[:1], report.examined.stage if report.examined else ""):
         for panel in panels:
             if wanted in panel.names:
                 return panel, str(wanted)
@@ -333,7 +329,7 @@ def _finding(report: Report, panels: list[_Panel]) -> str:
     if not any(panel.errors.any() for panel in panels):
         return f"Bit-equal at every position of all {sum(len(panel.names) for panel in panels)} stages"
     panel, stage = _focus(report, panels)
-    errors, first = panel.errors[:, panel.names.index(stage)], _first(report)
+    errors, first = panel.errors[:, panel.names.index(stage)], report.first_stage
     before = (
         ""
         if first == stage

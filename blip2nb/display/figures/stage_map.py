@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -32,10 +32,11 @@ from blip2nb.display.figures.style import (
     styled,
 )
 from blip2nb.display.figures.words import as_count, as_number, as_times, first_few, text_inches, wrap_text
+from blip2nb.report.schema import FirstDivergence, Stage
 
 
 def available(report: Report, arrays: Arrays) -> bool:
-    return bool(report.get("stages"))
+    return bool(report.stages)
 
 
 @styled
@@ -106,14 +107,14 @@ def _fares(report: Report) -> list[str]:
 
 
 def _finding(report: Report) -> str:
-    fares, first = _fares(report), report.get("first_divergence")
+    fares, first = _fares(report), report.first_divergence
     counts = Counter(fares)
     if first:
         others = counts[_DIVERGES] - 1
         rest = f"{as_count(others, 'other place')} diverge{'s' if others == 1 else ''}" if others else "all else agrees"
         if counts[_LOST] + counts[_UNJUDGED] and not others:
             rest = f"{as_count(counts[_LOST] + counts[_UNJUDGED], 'place')} cannot be judged"
-        return f"First wrong at {first['stage']}: {_size_words(_stage_of(report, first['stage'], first))}; {rest}"
+        return f"First wrong at {first.stage}: {_first_size(report, first)}; {rest}"
     if counts[_DIVERGES]:
         return f"{counts[_DIVERGES]} of {len(fares)} places diverge"
     if counts[_LOST] + counts[_UNJUDGED]:
@@ -123,16 +124,20 @@ def _finding(report: Report) -> str:
     return f"All {len(fares)} places agree: {counts[_EQUAL]} bit-equal, {counts[_ROUNDS]} to rounding"
 
 
-def _stage_of(report: Report, name: str, otherwise: Mapping[str, Any]) -> Mapping[str, Any]:
-    return next((stage for stage in report["stages"] if stage["name"] == name), otherwise)
+def _first_size(report: Report, first: FirstDivergence) -> str:
+    stage = next((stage for stage in report.stages if stage.name == first.stage), None)
+    return _wrong_by(first.excess, None) if stage is None else _size_words(stage)
 
 
-def _size_words(stage: Mapping[str, Any]) -> str:
+def _size_words(stage: Stage) -> str:
     """How wrong a place that diverges is."""
-    excess, arrival = stage.get("excess"), stage.get("arrival_error")
+    return _wrong_by(stage.excess, stage.arrival_error if stage.junction else None)
+
+
+def _wrong_by(excess: float | None, arrival: float | None) -> str:
     if excess is not None and not math.isnan(excess):
         return f"{as_times(excess)} its own rounding"
-    if stage.get("junction") and arrival is not None and not math.isnan(arrival):
+    if arrival is not None and not math.isnan(arrival):
         return f"off by {as_number(arrival)}"
     return "not a number"
 
@@ -177,8 +182,8 @@ class _Part:
 def _parts(report: Report) -> list[_Part]:
     """The stages in boxes, those in parts, in the order of the report."""
     repeated: dict[str, list[int]] = {}
-    for place, stage in enumerate(report["stages"]):
-        repeated.setdefault(_template(stage["name"]), []).append(place)
+    for place, stage in enumerate(report.stages):
+        repeated.setdefault(_template(stage.name), []).append(place)
     fares = _fares(report)
     boxes = [(_split(template)[0], _box(report, fares, places)) for template, places in repeated.items()]
     parts: list[_Part] = []
@@ -201,19 +206,19 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _box(report: Report, fares: Sequence[str], places: Sequence[int]) -> _Box:
-    stages, own = [report["stages"][place] for place in places], tuple(fares[place] for place in places)
-    names = [stage["name"] for stage in stages]
-    first = report.get("first_divergence") or {}
+    stages, own = [report.stages[place] for place in places], tuple(fares[place] for place in places)
+    names = [stage.name for stage in stages]
+    first = report.first_divergence
     label = _split(names[0])[1]
     if len(names) > 1:
         last = names[-1].split(".")[-1]
         label += f" … {last}" if last.isdigit() else f" × {len(names)}"
-    note = f"{first['stage']}: {first.get('cause') or 'the cause is not known'}" if first.get("stage") in names else ""
+    note = f"{first.stage}: {first.cause or 'the cause is not known'}" if first and first.stage in names else ""
     return _Box(
         label=label,
         names=tuple(names),
-        reference=_folded([stage.get("reference") or "—" for stage in stages]),
-        module=_folded([stage.get("module") or "—" for stage in stages]),
+        reference=_folded([stage.reference or "—" for stage in stages]),
+        module=_folded([stage.module or "—" for stage in stages]),
         fares=own,
         words=_fare_words(stages, own),
         note=note,
@@ -231,7 +236,7 @@ def _folded(paths: Sequence[str]) -> str:
     return "".join(column[0] if len(column) == 1 else "{n}" for column in columns)
 
 
-def _fare_words(stages: Sequence[Mapping[str, Any]], fares: Sequence[str]) -> str:
+def _fare_words(stages: Sequence[Stage], fares: Sequence[str]) -> str:
     counts = Counter(fares)
     worst = next(fare for fare in _MARKS if fare in counts)
     mark, number = _MARKS[worst], counts[worst]
@@ -240,10 +245,10 @@ def _fare_words(stages: Sequence[Mapping[str, Any]], fares: Sequence[str]) -> st
         if len(stages) == 1:
             return f"{mark} {_size_words(wrong[0])}"
         if number == 1:
-            name = wrong[0]["name"]
+            name = wrong[0].name
             which = _split(name)[1] if name.split(".")[-1].isdigit() else name
             return f"{mark} {which}: {_size_words(wrong[0])}"
-        numbers = [next(word for word in s["name"].split(".")[::-1] if word.isdigit()) for s in wrong]
+        numbers = [next(word for word in s.name.split(".")[::-1] if word.isdigit()) for s in wrong]
         return f"{mark} {number} of {len(stages)} diverge: {first_few(numbers, 3)}"
     if len(counts) == 1:
         return f"{mark} {worst}"
@@ -474,15 +479,13 @@ def _lead_over(axes: Axes, before: Sequence[_Placed], after: Sequence[_Placed], 
 
 def alt_text(report: Report, arrays: Arrays) -> str:
     parts = ", ".join(part.name or part.boxes[0].label for part in _parts(report))
-    return (
-        f"Map of {as_count(len(report['stages']), 'place')} in the order of the network: {parts}. {_finding(report)}."
-    )
+    return f"Map of {as_count(len(report.stages), 'place')} in the order of the network: {parts}. {_finding(report)}."
 
 
 def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
     """A row for each stage."""
     return [
-        {"name": stage["name"], "part": _split(_template(stage["name"]))[0], "lavis": stage.get("reference"),
-         "transformers": stage.get("module"), "fare": fare, "excess": stage.get("excess")}
-        for stage, fare in zip(report["stages"], _fares(report), strict=True)
+        {"name": stage.name, "part": _split(_template(stage.name))[0], "lavis": stage.reference,
+         "transformers": stage.module, "fare": fare, "excess": stage.excess}
+        for stage, fare in zip(report.stages, _fares(report), strict=True)
     ]  # fmt: skip

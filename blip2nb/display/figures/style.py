@@ -15,7 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-Report = Mapping[str, Any]
+from blip2nb.report.schema import Content
+
+Report = Content
 Arrays = Mapping[str, np.ndarray]
 
 DPI = 200

@@ -213,7 +213,7 @@ def _heads(seen: Examined) -> np.ndarray:
 
 def _text_at(report: Report, stage: str, position: int) -> str:
     """The text that stands there, where the stage's positions are those of a text."""
-    for part, texts in (report.get("sequences") or {}).items():
+    for part, texts in (report.sequences or {}).items():
         if stage.startswith(f"{part}.") and position < len(texts):
             return f" ({as_token(texts[position])})"
     return ""

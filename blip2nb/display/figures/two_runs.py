@@ -14,12 +14,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from blip2nb.display.difference import Difference, Move, compare_reports, excesses
+from blip2nb.display.difference import ReportDifference, excesses
 from blip2nb.display.figures.axes import draw_dumbbells, legend_key, log_axis
-from blip2nb.display.figures.style import FAULT, HALO, INK, MUTED, Arrays, Picture, Report, style
+from blip2nb.display.figures.moves import Move
+from blip2nb.display.figures.style import FAULT, HALO, INK, MUTED, Picture, style
 from blip2nb.display.figures.words import as_count, as_number, first_few, text_inches, wrap_text
-from blip2nb.report.store import INFINITE
-from blip2nb.report.store import ReportData as WholeReport
+from blip2nb.forms import INFINITE
 
 _DRAWN_STAGES = 20
 
@@ -32,32 +32,22 @@ _CHANGE_LETTERS = 110
 """A longer one (texts, attributes) is cut: the whole of it is in the comparison's words and in its JSON."""
 
 
-def available(report: Report, arrays: Arrays, other: Report, other_arrays: Arrays) -> bool:
-    return bool(report.get("stages")) and bool(other.get("stages"))
+def available(found: ReportDifference) -> bool:
+    return all(report.content.stages for report in found.reports)
 
 
-def draw(
-    report: Report,
-    arrays: Arrays,
-    other: Report,
-    other_arrays: Arrays,
-    width: float = 7.0,
-    names: tuple[str, str] = ("A", "B"),
-) -> Picture:
+def draw(found: ReportDifference, width: float = 7.0) -> Picture:
     """F13: error ÷ rounding in both runs, of the stages that moved by a tenth or more, and what else differs.
 
     Args:
-        report, other: of A and of B: `stages`, `threshold`, `verdict`, `logits`, `provenance`, `versions`.
-        arrays, other_arrays: not used.
+        found: the comparison of two runs with stages.
         width: inches.
-        names: what to call the two runs.
     """
     with style(width):
-        found = compare_reports(WholeReport(report), WholeReport(other), names)
-        return _page(found, report["threshold"], width)
+        return _page(found, found.reports[0].content.threshold, width)
 
 
-def _page(found: Difference, threshold: float, width: float) -> Picture:
+def _page(found: ReportDifference, threshold: float, width: float) -> Picture:
     """Laid out in inches: the stages at the left, or on top where it is narrow; the words beside or beneath them."""
     size = matplotlib.rcParams["font.size"] / 72
     drawn = _largest(found.moved)
@@ -70,7 +60,7 @@ def _page(found: Difference, threshold: float, width: float) -> Picture:
     steep = 1.85 * size * max(len(drawn), 2) + _UNDER_STAGES * size
     spoken = 1.45 * size * sum(text.count("\n") + 1.15 for text, _, _ in words)
     height = top + (max(steep, spoken) if beside else steep + spoken)
-    picture = Picture(width, height, _alt(found), layout=None)
+    picture = Picture(width, height, alt_text(found), layout=None)
     page = picture.add_axes((0, 0, 1, 1))  # in inches from the top left: a page, not a plot
     page.set(xlim=(0, width), ylim=(height, 0))
     page.set_axis_off()
@@ -119,7 +109,7 @@ def _draw_stages(
                 bbox_to_anchor=(0.1 / width, 1 - (top + steep - 1.1 * size) / height), borderaxespad=0)  # fmt: skip
 
 
-def _words(found: Difference) -> list[tuple[str, str, str]]:
+def _words(found: ReportDifference) -> list[tuple[str, str, str]]:
     """What stands beside the stages: (text, weight, colour) of each paragraph."""
     lines = []
     for letter, name, verdict, wrong in zip("AB", found.names, found.verdicts, found.first_wrong, strict=True):
@@ -142,7 +132,7 @@ def _cut(line: str) -> str:
     return line if len(line) <= _CHANGE_LETTERS else f"{line[: _CHANGE_LETTERS - 1]}…"
 
 
-def _not_drawn(found: Difference) -> list[str]:
+def _not_drawn(found: ReportDifference) -> list[str]:
     words = [f"not drawn: {as_count(found.still, 'stage')} moved by less than 10 %"]
     smaller = len(found.moved) - _DRAWN_STAGES
     words[0] += f", {as_count(smaller, 'smaller move')}" if smaller > 0 else ""
@@ -151,19 +141,14 @@ def _not_drawn(found: Difference) -> list[str]:
     return words
 
 
-def alt_text(report: Report, arrays: Arrays, other: Report, other_arrays: Arrays) -> str:
-    """One or two sentences with the numbers."""
-    return _alt(compare_reports(WholeReport(report), WholeReport(other)))
-
-
-def _alt(found: Difference) -> str:
+def alt_text(found: ReportDifference) -> str:
     others = [one.what for one in found.changes]
     told = f"They differ in {first_few(others, 6)}." if others else "The reports tell of nothing else that differs."
     return f"{found.finding}. {as_count(found.still, 'stage')} moved by less than 10 %. {told}"
 
 
-def table(report: Report, arrays: Arrays, other: Report, other_arrays: Arrays) -> list[dict[str, Any]]:
+def table(found: ReportDifference) -> list[dict[str, Any]]:
     """A row for each stage of either run: its error ÷ rounding in A and in B, None where the run has no such stage."""
-    a, b = excesses(report), excesses(other)
-    moved = {move.stage for move in compare_reports(WholeReport(report), WholeReport(other)).moved}
+    a, b = (excesses(report.content) for report in found.reports)
+    moved = {move.stage for move in found.moved}
     return [{"stage": name, "a": a.get(name), "b": b.get(name), "moved": name in moved} for name in {**a, **b}]

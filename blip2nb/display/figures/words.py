@@ -13,7 +13,7 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 from matplotlib.textpath import text_to_path
 
-from blip2nb.report.store import INFINITE
+from blip2nb.forms import INFINITE
 
 
 def to_floats(values: Any) -> np.ndarray:

@@ -36,13 +36,15 @@ from blip2nb.display.figures.style import (
     styled,
 )
 from blip2nb.display.figures.words import as_count, as_number, as_token, to_floats, wrap_text
+from blip2nb.forms import there
+from blip2nb.report.schema import Take, Worst
 
 _IMAGE = "<image>"
 _CLOSE = 0.25  # how far apart the image's tokens are drawn: there are many, and they have no names
 
 
 def available(report: Report, arrays: Arrays) -> bool:
-    return bool(report.get("images")) and all(f"images/{name}" in arrays for name in ("worst", "kl", "same"))
+    return bool(report.images) and all(f"images/{name}" in arrays for name in ("worst", "kl", "same"))
 
 
 @styled
@@ -83,22 +85,22 @@ def _marked() -> str:
 
 
 def _finding(report: Report) -> str:
-    images = report["images"]
-    worst = images["worst"]
-    if len(images["each"]) == 1:
+    images = there(report.images)
+    worst = images.worst
+    if len(images.each) == 1:
         return f"{_name(report)}: KL divergence {as_number(_number(report, 'kl'))} nats"
-    which = f"Worst of {as_count(images['count'], 'image')}: {_name(report)}"
-    beside = f" with “{_short(worst['text'])}”" if len(images["texts"]) > 1 else ""
-    return f"{which}{beside}, {worst['why']} (KL divergence {as_number(_number(report, 'kl'))} nats)"
+    which = f"Worst of {as_count(images.count, 'image')}: {_name(report)}"
+    beside = f" with “{_short(worst.text)}”" if len(images.texts) > 1 else ""
+    return f"{which}{beside}, {worst.why} (KL divergence {as_number(_number(report, 'kl'))} nats)"
 
 
 def _number(report: Report, what: str) -> float:
-    images = report["images"]
-    return float(to_floats([images["each"][images["worst"]["take"]][what]])[0])
+    images = there(report.images)
+    return float(to_floats([getattr(images.each[images.worst.take], what)])[0])
 
 
 def _name(report: Report) -> str:
-    return _short(report["images"]["worst"]["image"])
+    return _short(there(report.images).worst.image)
 
 
 def _short(text: str) -> str:
@@ -106,11 +108,11 @@ def _short(text: str) -> str:
     return readable if len(readable) <= 30 else f"{readable[:29]}…"
 
 
-def _worst_rows(report: Report, arrays: Arrays) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _worst_rows(report: Report, arrays: Arrays) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """The worst take's KL divergence, whether the likeliest token is the same, and the token, position by position."""
-    worst = report["images"]["worst"]
-    tokens = worst["tokens"]
-    kl, same = (np.asarray(arrays[f"images/{name}"][worst["take"]][: len(tokens)], float) for name in ("kl", "same"))
+    worst = there(report.images).worst
+    tokens = worst.tokens
+    kl, same = (np.asarray(arrays[f"images/{name}"][worst.take][: len(tokens)], float) for name in ("kl", "same"))
     return np.maximum(kl, 0), same, tokens  # it is a difference, which rounding can leave a hair below zero
 
 
@@ -142,10 +144,10 @@ def _label(token: str) -> str:
 
 def _others(axes: Axes, report: Report) -> None:
     """Every image's mean KL divergence from the smallest on, the worst one marked."""
-    images = report["images"]
-    values = np.maximum(to_floats(one["kl"] for one in images["each"]), 0)
+    images = there(report.images)
+    values = np.maximum(to_floats(one.kl for one in images.each), 0)
     order = np.argsort(values, kind="stable")
-    worst = order == images["worst"]["take"]
+    worst = np.asarray(order == images.worst.take)
     places = np.arange(len(values))
     log_axis(axes, "y", KL_DECADES, zero_row=True)
     for where, marker, colour in ((~worst, "o", INK), (worst, "D", FAULT)):
@@ -154,25 +156,25 @@ def _others(axes: Axes, report: Report) -> None:
     axes.set_xlim(-0.8, len(values) - 0.2)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_ylabel("mean KL\n(nats)")
-    axes.set_xlabel("images and texts, by KL divergence" if len(images["texts"]) > 1 else "images, by KL divergence")
+    axes.set_xlabel("images and texts, by KL divergence" if len(images.texts) > 1 else "images, by KL divergence")
 
 
 def _caption_lines(report: Report, room: float) -> list[tuple[str, str]]:
     """(text, colour) of each line of the captions."""
-    worst = report["images"]["worst"]
+    worst = there(report.images).worst
     lines = []
     for side, colour in (("lavis", LAVIS), ("transformers", TRANSFORMERS)):
         name = {"lavis": "LAVIS", "transformers": "transformers"}[side]
-        wrapped = wrap_text(f"{name}: {as_token(worst[side], spaces=False)}", room)
+        wrapped = wrap_text(f"{name}: {as_token(getattr(worst, side), spaces=False)}", room)
         lines += [(line, colour) for line in wrapped.split("\n")]
-    said = "the captions are the same" if worst["lavis"] == worst["transformers"] else _parting(worst)
-    noise = "; random weights: this caption is noise on purpose" if report.get("random_weights") else ""
+    said = "the captions are the same" if worst.lavis == worst.transformers else _parting(worst)
+    noise = "; random weights: this caption is noise on purpose" if report.random_weights else ""
     notes = wrap_text(f"greedily, {said}{noise}", room).split("\n")
     return lines + [(line, MUTED) for line in notes]
 
 
-def _parting(worst: Report) -> str:
-    ours, theirs = worst["lavis"].split(), worst["transformers"].split()
+def _parting(worst: Worst) -> str:
+    ours, theirs = worst.lavis.split(), worst.transformers.split()
     alike = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     return f"they part at word {alike + 1}"
 
@@ -193,11 +195,12 @@ def _write_captions(picture: Figure, axes: Axes, lines: list[tuple[str, str]]) -
 
 
 def alt_text(report: Report, arrays: Arrays) -> str:
-    images, worst = report["images"], report["images"]["worst"]
-    same = "Both caption it alike" if worst["lavis"] == worst["transformers"] else "Their greedy captions of it differ"
+    images = there(report.images)
+    worst = images.worst
+    same = "Both caption it alike" if worst.lavis == worst.transformers else "Their greedy captions of it differ"
     kl, largest = (_number(report, what) for what in ("kl", "max_abs"))
     return (
-        f"Of {as_count(images['count'], 'image')} {worst['image']} is the worst: {worst['why']}. LAVIS's and "
+        f"Of {as_count(images.count, 'image')} {worst.image} is the worst: {worst.why}. LAVIS's and "
         f"transformers' predictions are {as_number(kl)} nats apart (mean KL divergence), logits at most "
         f"{as_number(largest)}. {same}."
     )
@@ -205,18 +208,15 @@ def alt_text(report: Report, arrays: Arrays) -> str:
 
 def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
     """A row for each image and text, then one for each token of the worst, whose place is `position`."""
-    images = report["images"]
-    rows = [
-        _row(one, None, None, one["kl"], one["top1_agreement"], one["captions_equal"].get("greedy"))
-        for one in images["each"]
-    ]
-    worst = images["each"][images["worst"]["take"]]
+    images = there(report.images)
+    rows = [_row(one, None, None, one.kl, one.top1_agreement, one.captions_equal.get("greedy")) for one in images.each]
+    worst = images.each[images.worst.take]
     kl, same, tokens = _worst_rows(report, arrays)
     tokens_rows = enumerate(zip(tokens, kl.tolist(), same.tolist(), strict=True))
     return rows + [_row(worst, place, *values, None) for place, values in tokens_rows]
 
 
-def _row(take: Report, position: int | None, token: str | None, kl: Any, same: Any, caption: Any) -> dict[str, Any]:
+def _row(take: Take, position: int | None, token: str | None, kl: Any, same: Any, caption: Any) -> dict[str, Any]:
     names = ("image", "text", "position", "token", "kl", "top1_agreement", "caption_equal")
-    values = (take["image"], take["text"], position, token, kl, same, caption)
+    values = (take.image, take.text, position, token, kl, same, caption)
     return dict(zip(names, values, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2nb.errors import RequestError
-from blip2nb.variants import Variant, variant_of
+from blip2nb.forms import made_of, plain
+from blip2nb.variants import Variant
 from blip2nb.weights.sources import Files
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def write_configuration(
     if "transformers" in sys.modules:
         _write(variant, text, language, folder, dtype)
         return
-    job = [dataclasses.asdict(variant), text, str(language), dtype]
+    job = [plain(variant), text, str(language), dtype]
     paths = [str(_PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", __name__],
@@ -73,7 +73,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         try:
-            _write(variant_of(variant), text, Path(language), folder, dtype)
+            _write(made_of(Variant, variant), text, Path(language), folder, dtype)
         except RequestError as error:
             print(" ".join(str(error).split()), file=sys.stderr)
             sys.exit(RequestError.exit_status)

@@ -164,12 +164,12 @@ def entries(variant: Variant, table: Iterable[Rule] | None = None) -> list[Entry
     """
     if table is not None:
         return _written_out(table, dimensions(variant), _counters(variant))
-    return list(_entries(variant))
+    return list(_entries(variant, rules(variant)))
 
 
 @functools.cache
-def _entries(variant: Variant) -> tuple[Entry, ...]:
-    return tuple(_written_out(rules(variant), dimensions(variant), _counters(variant)))
+def _entries(variant: Variant, table: tuple[Rule, ...]) -> tuple[Entry, ...]:
+    return tuple(_written_out(table, dimensions(variant), _counters(variant)))
 
 
 def plan(
