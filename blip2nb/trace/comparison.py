@@ -26,7 +26,6 @@ from blip2nb.trace import arrivals
 from blip2nb.trace.causes import Cause, CounterTest
 from blip2nb.trace.diagnose import (
     REPEATS,
-    SETTINGS,
     Finding,
     Known,
     arriving_weights,
@@ -40,6 +39,7 @@ from blip2nb.trace.metrics import CEILING, FEW, THRESHOLD, distance, exceeds, ju
 from blip2nb.trace.precision import HALF, Weights, in_float64, one_by_one, only_sums
 from blip2nb.trace.stage import Stage, places, places_inside
 from blip2nb.trace.tape import Tape, first_tensor, recording, split_place, with_first
+from blip2nb.trace.vocabulary import SETTINGS
 
 ARRIVAL_TOLERANCE = FEW
 """Between stages a few additions happen at most, which round alike on every processor; an arrival error above this is a

@@ -20,10 +20,22 @@ import torch
 from blip2nb.errors import memory_ran_out
 from blip2nb.trace import computing
 from blip2nb.trace.causes import Cause, CounterTest
-from blip2nb.trace.inside import QUERY_KEY_VALUE, Look, Suspect, first_not_finite, part_of
+from blip2nb.trace.inside import Look, Suspect, first_not_finite, part_of
 from blip2nb.trace.metrics import CEILING, FEW, THRESHOLD, exceeds
 from blip2nb.trace.stage import Stage
 from blip2nb.trace.tape import attributes, first_tensor, sample_rows, split_place
+from blip2nb.trace.vocabulary import (
+    BOOKKEEPING,
+    FUSED,
+    HEAD_WIDTH,
+    HEADS,
+    MIXED,
+    SCALE,
+    SETTINGS,
+    in_attention,
+    role_of,
+    role_of_parameter,
+)
 from blip2nb.trace.weights import kind_of, what_changed
 
 log = logging.getLogger("blip2nb")
@@ -312,7 +324,7 @@ class _Case:
     def heads(self, name: str) -> int | None:
         """Into how many heads a weight of this stage is divided."""
         path = name.rpartition(".")[0]
-        attends = "att" in path.lower() or path.rpartition(".")[2] in {*QUERY_KEY_VALUE, "o", "proj"}
+        attends = in_attention(path) or bool(role_of_parameter(name))
         while attends and path and path.startswith(self.suspect.path):
             count = _heads_of(self.candidate.get_submodule(path))
             if count:
@@ -393,11 +405,11 @@ class _Case:
 
     def _scale_with(self, differences: Sequence[AttributeDifference]) -> list[AttributeDifference]:
         """The scale of an attention's scores, which a module computes from the width of its heads when it is built."""
-        widths = [one for one in differences if one.attribute in ("head_dim", "attention_head_size")]
+        widths = [one for one in differences if one.attribute in HEAD_WIDTH]
         out = []
         for one in widths:
             plain = vars(self.candidate.get_submodule(one.module))
-            for name in ("scaling", "scale"):
+            for name in SCALE:
                 if isinstance(plain.get(name), float) and math.isclose(plain[name], one.candidate**-0.5, rel_tol=1e-6):
                     out.append(dataclasses.replace(one, attribute=name, reference=one.reference**-0.5))
         return out
@@ -468,11 +480,10 @@ class _Case:
         parts: dict[str, torch.Tensor] = {}
         for key, value in self.values.items():
             path, _, at = key.rpartition(":")
-            role = QUERY_KEY_VALUE.get(path.rpartition(".")[2], "")
-            if at == "out" and role and path.rpartition(".")[0] == root:
-                parts |= dict(zip(("query", "key", "value"), value.chunk(3, -1), strict=True)) if role == "qkv" else {
-                    role: value
-                }  # fmt: skip
+            role = role_of(path)
+            if at == "out" and role in MIXED and path.rpartition(".")[0] == root:
+                names = FUSED.get(role, (role,))
+                parts |= dict(zip(names, value.chunk(len(names), -1), strict=True))
         if len(parts) < 3:
             return None
         parts = {name: part if part.dim() == 3 else part[None] for name, part in parts.items()}
@@ -480,7 +491,7 @@ class _Case:
         heads = _heads_of(module) or 1
         channels = parts["query"].shape[-1]
         plain = attributes(module).get("", {})
-        scale = next((plain[name] for name in ("scaling", "scale") if isinstance(plain.get(name), float)), None)
+        scale = next((plain[name] for name in SCALE if isinstance(plain.get(name), float)), None)
         own = channels % heads == 0 and (channels // heads) ** -0.5
         bias = self._handed("position_bias")
         if scale is None:
@@ -629,8 +640,10 @@ class _Case:
         """Whether a query gives what the reference's key gives, or the like."""
         holder = look.module.rpartition(".")[0]
         for other in self.looks:
-            role = QUERY_KEY_VALUE.get(other.module.rpartition(".")[2], "")
-            near = other.at == "out" and role and other.module.rpartition(".")[0] == holder and other is not look
+            role = role_of(other.module)
+            near = (
+                other.at == "out" and role in MIXED and other.module.rpartition(".")[0] == holder and other is not look
+            )
             if near and computing.off(look.exact, other.expected) <= max(self.within(look), FEW):
                 words = f"it gives what the reference's {role} gives"
                 return [Cause("qkv_swapped", words, look.module, f"compared with the reference's {other.module}")]
@@ -702,7 +715,7 @@ def _stands_for(name: str, other: str) -> str:
     modules = [one.rpartition(".")[0] for one in (name, other)]
     leaves = [one.rpartition(".")[2] for one in modules]
     holders = [one.rpartition(".")[0] for one in modules]
-    if all(leaf in QUERY_KEY_VALUE for leaf in leaves) and holders[0] == holders[1]:
+    if all(role_of(leaf) in MIXED for leaf in leaves) and holders[0] == holders[1]:
         return "qkv_swapped"
     if all("norm" in leaf.lower() for leaf in leaves) and _layer_of(name) == _layer_of(other):
         return "norms_swapped"
@@ -720,17 +733,6 @@ def _layer_of(name: str) -> str:
 
 _LEAST = 2.0**-25
 """The rounding of one float32 operation, relative and on average: what a reference's output has at least."""
-
-SETTINGS = {
-    "eps": "eps", "variance_epsilon": "eps", "num_heads": "head_count", "num_attention_heads": "head_count",
-    "n_heads": "head_count", "scale": "attention_scale", "scaling": "attention_scale",
-    "attention_head_size": "head_count",
-    "head_dim": "head_count", "is_causal": "attention_mask", "has_relative_attention_bias": "position_bias_missing",
-    "relative_attention_num_buckets": "position_bias", "relative_attention_max_distance": "position_bias",
-    "offset": "position_shifted", "padding_idx": "tokens", "do_layer_norm_before": "residual",
-    "has_cross_attention": "residual",
-}  # fmt: skip
-"""What an attribute that differs is a cause of."""
 
 
 def _of_one_setting(findings: list[Finding], suspect: Suspect) -> list[Finding]:
@@ -863,8 +865,7 @@ def _holding(parameter: torch.Tensor, value: torch.Tensor) -> Iterator[None]:
 
 def _heads_of(module: torch.nn.Module) -> int | None:
     plain = vars(module)
-    names = ("num_heads", "num_attention_heads", "n_heads", "heads")
-    return next((plain[name] for name in names if isinstance(plain.get(name), int)), None)
+    return next((plain[name] for name in HEADS if isinstance(plain.get(name), int)), None)
 
 
 def _unlike(one: str, other: str) -> int:
@@ -1005,24 +1006,6 @@ class AttributeDifference:
         return f"{self.module}.{self.attribute} is {self.candidate!r}, the reference has {self.reference!r}"
 
 
-# Bookkeeping that says nothing about what a module computes
-_IRRELEVANT = {
-    "p",
-    "dropout",
-    "attention_dropout",
-    "hidden_dropout",
-    "dropout_rate",
-    "activation_dropout",
-    "drop_prob",
-    "layer_idx",
-    "layer_num",
-    "inplace",
-    "gradient_checkpointing",
-    "is_decoder",
-    "config",
-}
-
-
 def attribute_differences(
     reference: Mapping[str, Mapping[str, Any]], candidate: torch.nn.Module, pairs: Iterable[tuple[str, str, str]]
 ) -> list[AttributeDifference]:
@@ -1036,7 +1019,7 @@ def attribute_differences(
     out = []
     for stage, path, other in pairs:
         theirs, ours = reference.get(path, {}), own.get(other, {})
-        for name in sorted(theirs.keys() & ours.keys() - _IRRELEVANT):  # a set's order is another in each process
+        for name in sorted(theirs.keys() & ours.keys() - BOOKKEEPING):  # a set's order is another in each process
             if theirs[name] != ours[name]:
                 out.append(AttributeDifference(stage, other, name, theirs[name], ours[name]))
     return out
