@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from blip2nb.trace.metrics import FEW
+from blip2nb.trace.paths import join
 from blip2nb.trace.vocabulary import EPS, FUSED, HEADS, role_of_parameter
 
 
@@ -108,10 +109,6 @@ def owner(name: str) -> str:
 
 def owners(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(map(owner, names)))
-
-
-def join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def norm_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:

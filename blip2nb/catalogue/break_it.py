@@ -49,7 +49,9 @@ from blip2nb.report.manifest import Manifest
 from blip2nb.report.store import finite
 from blip2nb.trace.causes import CAUSES
 from blip2nb.trace.comparison import ARRIVAL_TOLERANCE, Comparison, compare
-from blip2nb.trace.diagnose import Finding, attribute_differences, repaired
+from blip2nb.trace.diagnosis.findings import Finding
+from blip2nb.trace.diagnosis.known import attribute_differences
+from blip2nb.trace.diagnosis.repairs import repaired
 from blip2nb.trace.metrics import distance, exceeds
 from blip2nb.trace.tape import Tape
 

@@ -16,7 +16,6 @@ from blip2nb.catalogue.anatomy import (
     ACTIVATIONS,
     activations,
     attentions,
-    join,
     layers,
     norm_pairs,
     norms,
@@ -25,6 +24,7 @@ from blip2nb.catalogue.anatomy import (
 )
 from blip2nb.catalogue.in_files import qkv_pairs
 from blip2nb.catalogue.planting import Target
+from blip2nb.trace.paths import join
 from blip2nb.trace.vocabulary import BRANCHES, HEAD_WIDTH, HEADS, SCALE
 
 

@@ -18,7 +18,6 @@ from blip2nb.catalogue.anatomy import (
     Attention,
     alike_layers,
     attentions,
-    join,
     norm_pairs,
     output_layers,
     owner,
@@ -26,6 +25,7 @@ from blip2nb.catalogue.anatomy import (
     token_tables,
 )
 from blip2nb.catalogue.planting import Target, Tensors
+from blip2nb.trace.paths import join
 from blip2nb.trace.vocabulary import FUSED, role_of, role_of_parameter
 
 _RELATIVE = "relative_attention_bias.weight"

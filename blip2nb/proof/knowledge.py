@@ -13,7 +13,7 @@ from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.families.captioners.mapping import entries
 from blip2nb.families.captioners.stages import parameter_pairs
 from blip2nb.report.manifest import Manifest
-from blip2nb.trace.diagnose import AttributeDifference, Known
+from blip2nb.trace.diagnosis.known import AttributeDifference, Known
 from blip2nb.trace.precision import Weights
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant

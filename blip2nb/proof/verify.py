@@ -28,16 +28,10 @@ from blip2nb.report.manifest import Manifest
 from blip2nb.report.store import FORMAT, Missing, ReportData
 from blip2nb.trace.causes import Cause
 from blip2nb.trace.comparison import Comparison, TableError, compare, compare_in_passing, faulty
-from blip2nb.trace.diagnose import (
-    AttributeDifference,
-    Finding,
-    Known,
-    attribute_differences,
-    ranked,
-    repaired,
-    still,
-    weight_cause,
-)
+from blip2nb.trace.diagnosis.findings import Finding, ranked
+from blip2nb.trace.diagnosis.known import AttributeDifference, Known, attribute_differences
+from blip2nb.trace.diagnosis.repairs import repaired, still
+from blip2nb.trace.diagnosis.stands_there import weight_cause
 from blip2nb.trace.metrics import compare_logits
 from blip2nb.trace.weights import kind_of
 from blip2nb.variants import Variant

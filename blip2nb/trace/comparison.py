@@ -24,19 +24,15 @@ import torch
 from blip2nb.errors import memory_ran_out
 from blip2nb.trace import arrivals
 from blip2nb.trace.causes import Cause, CounterTest
-from blip2nb.trace.diagnose import (
-    REPEATS,
-    Finding,
-    Known,
-    arriving_weights,
-    diagnose,
-    ranked,
-    repeated,
-    still,
-)
+from blip2nb.trace.diagnosis.findings import Finding, ranked
+from blip2nb.trace.diagnosis.known import Known
+from blip2nb.trace.diagnosis.repairs import still
+from blip2nb.trace.diagnosis.stage import diagnose
+from blip2nb.trace.diagnosis.stands_there import arriving_weights
 from blip2nb.trace.inside import Suspect, parameters_of, part_of
 from blip2nb.trace.metrics import CEILING, FEW, THRESHOLD, distance, exceeds, judged, unit
 from blip2nb.trace.precision import HALF, Weights, in_float64, one_by_one, only_sums
+from blip2nb.trace.repeats import REPEATS, repeated
 from blip2nb.trace.stage import Stage, places, places_inside
 from blip2nb.trace.tape import Tape, first_tensor, recording, split_place, with_first
 from blip2nb.trace.vocabulary import SETTINGS

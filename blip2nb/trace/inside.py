@@ -45,6 +45,11 @@ class Look:
     exact: torch.Tensor = dataclasses.field(repr=False)
 
     @property
+    def path(self) -> str:
+        """Of the paired module, relative to the stage's."""
+        return self.key.rpartition(":")[0]
+
+    @property
     def at(self) -> str:
         return self.key.rpartition(":")[2]
 
