@@ -30,8 +30,8 @@ from blip2nb.proof.verify import _not_judged, _parameters_of
 from blip2nb.report.store import FORMAT
 from blip2nb.sweeps.sweep import Sweep
 from blip2nb.trace import computing
-from blip2nb.trace.comparison import Comparison
 from blip2nb.trace.diagnosis import settings
+from blip2nb.trace.results import Comparison
 from blip2nb.trace.stage import Stage
 from blip2nb.weights import sources
 

@@ -26,13 +26,15 @@ from blip2nb.proof import evidence, symptoms, takes
 from blip2nb.proof.knowledge import at_hand, before_the_cast, knowledge, knowledge_of_cast, made_again
 from blip2nb.report.manifest import Manifest
 from blip2nb.report.store import FORMAT, Missing, ReportData
+from blip2nb.trace.calling import TableError
 from blip2nb.trace.causes import Cause
-from blip2nb.trace.comparison import Comparison, TableError, compare, compare_in_passing, faulty
+from blip2nb.trace.comparison import compare, compare_in_passing
 from blip2nb.trace.diagnosis.findings import Finding, ranked
 from blip2nb.trace.diagnosis.known import AttributeDifference, Known, attribute_differences
 from blip2nb.trace.diagnosis.repairs import repaired, still
 from blip2nb.trace.diagnosis.stands_there import weight_cause
 from blip2nb.trace.metrics import compare_logits
+from blip2nb.trace.results import Comparison, faulty
 from blip2nb.trace.weights import kind_of
 from blip2nb.variants import Variant
 from blip2nb.weights import hashing, stored

@@ -11,7 +11,7 @@ from blip2nb.trace.stage import Stage
 __all__ = ["Comparison", "Finding", "Known", "Stage", "Step", "Tape", "compare", "enter_both"]
 
 _HOMES = {
-    "Comparison": "comparison",
+    "Comparison": "results",
     "compare": "comparison",
     "Finding": "diagnosis.findings",
     "Known": "diagnosis.known",
