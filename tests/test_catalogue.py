@@ -28,7 +28,7 @@ from blip2nb.handles import Run
 from blip2nb.lavis_env.reference import shipped_tape
 from blip2nb.trace import Stage, compare
 from blip2nb.trace.causes import CAUSES, Cause
-from blip2nb.trace.diagnose import Finding
+from blip2nb.trace.diagnosis.findings import Finding
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import variant
 

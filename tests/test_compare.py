@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from blip2nb import trace
-from blip2nb.trace.comparison import ARRIVAL_TOLERANCE, THRESHOLD
-from blip2nb.trace.diagnose import attribute_differences, repaired
-from blip2nb.trace.metrics import compare_logits, distance
+from blip2nb.trace.diagnosis.known import attribute_differences
+from blip2nb.trace.diagnosis.repairs import repaired
+from blip2nb.trace.metrics import ARRIVAL_TOLERANCE, THRESHOLD, compare_logits, distance
 from blip2nb.trace.stage import places
 from blip2nb.trace.tape import Tape, attributes, recording, save_tape
 

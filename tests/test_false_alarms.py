@@ -15,8 +15,9 @@ from blip2nb.families.captioners.stages import stages
 from blip2nb.handles import Run
 from blip2nb.lavis_env.reference import SHIPPED_TAPES
 from blip2nb.proof.verify import tape_images
-from blip2nb.trace.comparison import Comparison, compare
+from blip2nb.trace.comparison import compare
 from blip2nb.trace.metrics import THRESHOLD
+from blip2nb.trace.results import Comparison
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import variant
 

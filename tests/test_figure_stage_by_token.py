@@ -21,7 +21,7 @@ from blip2nb.display import plots
 from blip2nb.display.figures import stage_by_token
 from blip2nb.report.schema import Content
 
-Made = tuple[Content, dict[str, np.ndarray]]
+Made = tuple[dict[str, Any], dict[str, np.ndarray]]
 FIRST = "vision.post_layernorm"
 NAMES = [each["name"] for each in REPORTS["fault"]["stages"]]
 
@@ -31,7 +31,11 @@ def with_errors(case: str = "fault", **errors: Any) -> Made:
     value, arrays = copy.deepcopy(REPORTS[case]), dict(ARRAYS_OF[case])
     for name, values in errors.items():
         arrays[f"tokens/{name.replace('__', '.')}"] = np.asarray(values, np.float32)
-    return content(value), arrays
+    return value, arrays
+
+
+def whole(made: Made) -> tuple[Content, dict[str, np.ndarray]]:
+    return content(made[0]), made[1]
 
 
 def with_patches(side: int, place: int, value: float) -> Made:
@@ -136,7 +140,7 @@ def test_a_long_text_names_as_many_tokens_as_have_room(width: float) -> None:
 @given(st.sampled_from([4, 16, 26, 35]), st.data())
 def test_no_lone_position_is_lost_from_sight(side: int, data: st.DataObject) -> None:
     place = data.draw(st.integers(0, side**2))
-    picture = plots.FIGURES["stage_by_token"](*with_patches(side, place, 0.5))
+    picture = plots.FIGURES["stage_by_token"](*whole(with_patches(side, place, 0.5)))
     axes = panel(picture, "vision")
     shown = mesh(axes)
     assert len(shown) <= 151
@@ -159,7 +163,7 @@ def test_no_lone_position_is_lost_from_sight(side: int, data: st.DataObject) -> 
 def test_exact_zeros_have_a_look_of_their_own_that_the_colour_bar_names() -> None:
     errors = np.full(11, 1e-7)
     errors[3:6] = 0
-    picture = plots.FIGURES["stage_by_token"](*with_errors(language__block__01=errors))
+    picture = plots.FIGURES["stage_by_token"](*whole(with_errors(language__block__01=errors)))
     axes = panel(picture, "language")
     drawing = next(c for c in axes.collections if isinstance(c, QuadMesh))
     zero, least = (drawing.cmap(drawing.norm(value)) for value in (mesh(axes)[4, 2], 1e-8))
@@ -172,7 +176,7 @@ def test_exact_zeros_have_a_look_of_their_own_that_the_colour_bar_names() -> Non
 
 
 def test_an_error_below_the_bar_is_not_shown_as_zero() -> None:
-    picture = plots.FIGURES["stage_by_token"](*with_errors(language__block__01=np.full(11, 1e-12)))
+    picture = plots.FIGURES["stage_by_token"](*whole(with_errors(language__block__01=np.full(11, 1e-12))))
     axes = panel(picture, "language")
     assert set(mesh(axes)[:, 2]) == {1e-8}
     assert hatched(axes, "bit-equal") == []
@@ -191,7 +195,7 @@ def test_what_is_not_a_number_is_hatched() -> None:
 def test_patches_that_are_not_numbers_are_hatched_over_the_image() -> None:
     errors = np.full(17, 1e-6)
     errors[6] = np.nan  # the second row's second patch
-    picture = plots.FIGURES["stage_by_token"](*with_errors(vision__post_layernorm=errors))
+    picture = plots.FIGURES["stage_by_token"](*whole(with_errors(vision__post_layernorm=errors)))
     assert hatched(panel(picture, FIRST), "NaN") == [(1, 1, 2, 2)]
     assert title(picture) == f"Not a number at {FIRST}: 1 of 17 positions"
 

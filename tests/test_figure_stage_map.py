@@ -19,7 +19,7 @@ from records import content
 from blip2nb.display import plots
 from blip2nb.display.figures import stage_map
 from blip2nb.families.captioners import stages
-from blip2nb.trace.comparison import ARRIVAL_TOLERANCE
+from blip2nb.trace.metrics import ARRIVAL_TOLERANCE
 from blip2nb.variants import VARIANTS
 
 NAME = "stage_map"

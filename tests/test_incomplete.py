@@ -30,8 +30,9 @@ from blip2nb.proof import knowledge
 from blip2nb.proof.verify import _not_judged, _parameters_of
 from blip2nb.report.store import FORMAT
 from blip2nb.sweeps.sweep import Sweep
-from blip2nb.trace.comparison import Comparison
-from blip2nb.trace.diagnose import _Case
+from blip2nb.trace import computing
+from blip2nb.trace.diagnosis import settings
+from blip2nb.trace.results import Comparison
 from blip2nb.trace.stage import Stage
 from blip2nb.weights import sources
 
@@ -264,8 +265,8 @@ def test_a_source_that_does_not_fit_into_memory_is_neither_gone_nor_damaged(monk
             look()
 
 
-@pytest.mark.parametrize("step", ["_after", "_norm"])
-def test_memory_that_runs_out_in_the_diagnosis_is_no_answer(monkeypatch: pytest.MonkeyPatch, step: str):
+@pytest.mark.parametrize(("module", "step"), [(settings, "judged_again"), (computing, "norm")])
+def test_memory_that_runs_out_in_the_diagnosis_is_no_answer(monkeypatch: pytest.MonkeyPatch, module: Any, step: str):
     """With another eps read off the modules and put right, and with what a module computes told from its outputs."""
 
     def fails(*_: object, **__: object) -> Any:
@@ -279,7 +280,7 @@ def test_memory_that_runs_out_in_the_diagnosis_is_no_answer(monkeypatch: pytest.
     shown = torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(0))
     found = trace.compare(block(1e-5), block(1e-1), table, shown)
     assert [one.part for one in found.findings] == ["norm"]
-    monkeypatch.setattr(_Case, step, fails)
+    monkeypatch.setattr(module, step, fails)
     with pytest.raises(RuntimeError, match="allocate"):
         trace.compare(block(1e-5), block(1e-1), table, shown)
 

@@ -18,10 +18,10 @@ from blip2nb.handles import Run
 from blip2nb.lavis_env.reference import shipped_tape
 from blip2nb.proof.takes import Measured
 from blip2nb.trace import Stage, compare, computing
-from blip2nb.trace.comparison import Comparison
-from blip2nb.trace.diagnose import repeated
 from blip2nb.trace.metrics import CEILING, FEW, THRESHOLD, UNIT, judge
 from blip2nb.trace.precision import one_by_one
+from blip2nb.trace.repeats import repeated
+from blip2nb.trace.results import Comparison
 from blip2nb.variants import variant
 
 ROOT = Path(__file__).parent.parent

@@ -8,7 +8,7 @@ import torch
 
 from blip2nb.families.captioners.stages import parameter_pairs
 from blip2nb.proof.knowledge import _Held
-from blip2nb.trace.diagnose import attribute_differences
+from blip2nb.trace.diagnosis.known import attribute_differences
 from blip2nb.trace.tape import attributes, recording
 from blip2nb.variants import variant
 from blip2nb.weights.hashing import digest

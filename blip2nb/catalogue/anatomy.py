@@ -12,15 +12,8 @@ import torch
 from torch import nn
 
 from blip2nb.trace.metrics import FEW
-
-LETTERS = {"q": "q", "k": "k", "v": "v"} | {
-    f"{word}{ending}": word[0] for word in ("query", "key", "value", "q", "k", "v") for ending in ("", "_proj")
-}
-FUSED = ("qkv.weight", "qkv.bias", "in_proj_weight", "in_proj_bias")
-HEADS = ("num_heads", "num_attention_heads", "n_heads")
-HEAD_WIDTH = ("head_dim", "attention_head_size", "key_value_proj_dim")
-SCALE = ("scale", "scaling")
-_EPS = ("eps", "variance_epsilon")
+from blip2nb.trace.paths import join
+from blip2nb.trace.vocabulary import EPS, FUSED, HEADS, role_of_parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,28 +26,35 @@ class Attention:
 
     @property
     def fused(self) -> bool:
-        return self.names[0].endswith(FUSED)
+        return role_of_parameter(self.names[0]) == "qkv"
 
 
 def attentions(model: nn.Module) -> list[Attention]:
     """Every module that makes a query, a key and a value of what it gets."""
     found = []
     for path, module in model.named_modules():
-        own = [name for name, _ in module.named_parameters()]
-        fused = [name for name in own if name in FUSED]
-        apart = [name for name in own if name.count(".") == 1 and name.split(".")[0] in LETTERS]
-        names = sorted(fused, key=FUSED.index) or sorted(apart, key=lambda name: LETTERS[name.split(".")[0]])
+        own = [(name, tensor) for name, tensor in module.named_parameters() if name.count(".") <= 1]
+        fused = [name for name, tensor in own if _stacked(name, tensor)]
+        apart = [name for name, _ in own if role_of_parameter(name) in FUSED["qkv"]]
+        names = sorted(fused, key=lambda name: name.endswith("bias")) or sorted(apart, key=role_of_parameter)
         heads = next((getattr(module, name) for name in HEADS if hasattr(module, name)), 0)
-        if heads and (fused or {LETTERS[name.split(".")[0]] for name in apart} == set("qkv")):
+        if heads and (fused or set(map(role_of_parameter, apart)) == set(FUSED["qkv"])):
             found.append(Attention(path, heads, tuple(join(path, name) for name in names)))
     return found
+
+
+def _stacked(name: str, tensor: torch.Tensor) -> bool:
+    """Whether it is a weight or bias whose rows are those of query, key and value: GPT-2 keeps it transposed."""
+    if role_of_parameter(name) != "qkv" or not name.endswith(("weight", "bias")):
+        return False
+    return len(tensor) % 3 == 0 and (tensor.dim() == 1 or len(tensor) > tensor.shape[1])
 
 
 def norms(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """Path, module and the attribute that holds its eps, of every norm."""
     found = []
     for path, module in model.named_modules():
-        attribute = next((name for name in _EPS if isinstance(getattr(module, name, None), float)), None)
+        attribute = next((name for name in EPS if isinstance(getattr(module, name, None), float)), None)
         if attribute and isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.dim() == 1:
             found.append((path, module, attribute))
     return found
@@ -109,10 +109,6 @@ def owner(name: str) -> str:
 
 def owners(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(map(owner, names)))
-
-
-def join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def norm_pairs(model: nn.Module) -> Iterator[tuple[str, str]]:

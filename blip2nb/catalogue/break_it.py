@@ -51,9 +51,12 @@ from blip2nb.proof.rows import of_comparison
 from blip2nb.proof.subject import Subject
 from blip2nb.report.manifest import Manifest
 from blip2nb.trace.causes import CAUSES
-from blip2nb.trace.comparison import ARRIVAL_TOLERANCE, Comparison, compare
-from blip2nb.trace.diagnose import Finding, attribute_differences, repaired
-from blip2nb.trace.metrics import distance, exceeds
+from blip2nb.trace.comparison import compare
+from blip2nb.trace.diagnosis.findings import Finding
+from blip2nb.trace.diagnosis.known import attribute_differences
+from blip2nb.trace.diagnosis.repairs import repaired
+from blip2nb.trace.metrics import ARRIVAL_TOLERANCE, distance, exceeds
+from blip2nb.trace.results import Comparison
 from blip2nb.trace.tape import Tape
 
 if TYPE_CHECKING:

@@ -14,12 +14,8 @@ from torch import nn
 
 from blip2nb.catalogue.anatomy import (
     ACTIVATIONS,
-    HEAD_WIDTH,
-    HEADS,
-    SCALE,
     activations,
     attentions,
-    join,
     layers,
     norm_pairs,
     norms,
@@ -28,6 +24,8 @@ from blip2nb.catalogue.anatomy import (
 )
 from blip2nb.catalogue.in_files import qkv_pairs
 from blip2nb.catalogue.planting import Target
+from blip2nb.trace.paths import join
+from blip2nb.trace.vocabulary import BRANCHES, HEAD_WIDTH, HEADS, SCALE
 
 
 @contextlib.contextmanager
@@ -303,24 +301,10 @@ def _with_ahead(mask: torch.Tensor | None, ahead: bool) -> torch.Tensor | None:
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 
-_BRANCHES = (
-    # what holds the branch, the norm at its beginning, the module at its end: as x + end(… norm(x))
-    ("layer_norm1", "self_attn"),
-    ("layer_norm2", "mlp"),
-    ("self_attn_layer_norm", "self_attn"),
-    ("final_layer_norm", "fc2"),
-    ("ln_1", "self_attention"),
-    ("ln_2", "mlp"),
-    ("layer_norm", "SelfAttention"),
-    ("layer_norm", "EncDecAttention"),
-    ("layer_norm", "DenseReluDense"),
-)
-
-
 def residuals(model: nn.Module) -> Iterator[Target]:
     for path, module in model.named_modules():
         children = dict(module.named_children())
-        for norm, end in _BRANCHES:
+        for norm, end in BRANCHES:
             if path and norm in children and end in children:
                 for form in ("missing", "doubled"):
                     yield Target((path, join(path, end)), (norm, end), form)

@@ -15,12 +15,9 @@ import torch
 from torch import nn
 
 from blip2nb.catalogue.anatomy import (
-    FUSED,
-    LETTERS,
     Attention,
     alike_layers,
     attentions,
-    join,
     norm_pairs,
     output_layers,
     owner,
@@ -28,6 +25,8 @@ from blip2nb.catalogue.anatomy import (
     token_tables,
 )
 from blip2nb.catalogue.planting import Target, Tensors
+from blip2nb.trace.paths import join
+from blip2nb.trace.vocabulary import FUSED, role_of, role_of_parameter
 
 _RELATIVE = "relative_attention_bias.weight"
 _POSITIONS = re.compile(r"(^|\.)(pos(ition)?_?emb\w*|embed_pos\w*)(\.weight)?$")
@@ -37,11 +36,12 @@ def _parts(tensors: Tensors) -> dict[str, list[torch.Tensor]]:
     """What makes q, k and v of an attention's tensors, as views: letter -> weight, and bias if there is one."""
     out: dict[str, list[torch.Tensor]] = {"q": [], "k": [], "v": []}
     for name, tensor in tensors.items():
-        if name.endswith(FUSED):
+        role = role_of_parameter(name)
+        if role == "qkv":
             for letter, third in zip("qkv", tensor.chunk(3), strict=True):
                 out[letter].append(third)
         else:
-            out[LETTERS[owner(name).rpartition(".")[2]]].append(tensor)
+            out[role[0]].append(tensor)
     return out
 
 
@@ -72,7 +72,7 @@ def qkv_pairs(model: nn.Module) -> Iterator[Target]:
 
 def _of(found: Attention, letters: str) -> tuple[str, ...]:
     """The names of parameters that make some of q, k and v, of an attention that keeps them apart."""
-    return tuple(name for name in found.names if LETTERS[owner(name).rpartition(".")[2]] in letters)
+    return tuple(name for name in found.names if role_of_parameter(name)[0] in letters)
 
 
 def qkv_single(model: nn.Module) -> Iterator[Target]:
@@ -318,7 +318,7 @@ def siblings(model: nn.Module) -> Iterator[Target]:
         inside = [
             (name, child.weight.shape)
             for name, child in module.named_children()
-            if isinstance(child, nn.Linear) and name not in LETTERS
+            if isinstance(child, nn.Linear) and role_of(name) not in FUSED["qkv"]
         ]
         for (one, shape), (other, its) in itertools.pairwise(inside):
             if shape == its:

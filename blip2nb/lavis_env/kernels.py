@@ -38,6 +38,7 @@ _FILES = {
     "record_lavis.py": _PACKAGE / "families" / "captioners" / "lavis.py",
     "attended.py": _PACKAGE / "lavis_env" / "attended.py",
     "tape.py": _PACKAGE / "trace" / "tape.py",
+    "vocabulary.py": _PACKAGE / "trace" / "vocabulary.py",
     "hashing.py": _PACKAGE / "weights" / "hashing.py",
     "torchfile.py": _PACKAGE / "weights" / "torchfile.py",
     "stored.py": _PACKAGE / "weights" / "stored.py",

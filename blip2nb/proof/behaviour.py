@@ -16,9 +16,13 @@ from blip2nb.families.captioners.stages import KNOWN_DIFFERENCES, KnownDifferenc
 from blip2nb.proof import symptoms
 from blip2nb.proof.knowledge import before_the_cast, knowledge, knowledge_of_cast
 from blip2nb.proof.subject import Subject
+from blip2nb.trace.calling import TableError
 from blip2nb.trace.causes import Cause
-from blip2nb.trace.comparison import Comparison, TableError, compare, compare_in_passing
-from blip2nb.trace.diagnose import AttributeDifference, Finding, attribute_differences, ranked, repaired, still
+from blip2nb.trace.comparison import compare, compare_in_passing
+from blip2nb.trace.diagnosis.findings import Finding, ranked
+from blip2nb.trace.diagnosis.known import AttributeDifference, attribute_differences
+from blip2nb.trace.diagnosis.repairs import repaired, still
+from blip2nb.trace.results import Comparison
 from blip2nb.trace.stage import Stage
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant

@@ -16,8 +16,8 @@ import torch
 
 from blip2nb.families.captioners import configuration, huggingface
 from blip2nb.report import schema
-from blip2nb.trace.comparison import Comparison
 from blip2nb.trace.metrics import kl_per_position
+from blip2nb.trace.results import Comparison
 from blip2nb.trace.stage import Stage
 from blip2nb.variants import Variant
 

@@ -14,7 +14,8 @@ from blip2nb.proof.subject import Subject
 from blip2nb.proof.weights import parameter_names, prove_weights
 from blip2nb.report import schema
 from blip2nb.trace.causes import Cause
-from blip2nb.trace.diagnose import Finding, weight_cause
+from blip2nb.trace.diagnosis.findings import Finding
+from blip2nb.trace.diagnosis.stands_there import weight_cause
 from blip2nb.trace.stage import Stage
 from blip2nb.trace.weights import kind_of
 from blip2nb.variants import Variant

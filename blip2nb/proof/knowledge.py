@@ -11,7 +11,7 @@ from blip2nb.conversion.files import Opened
 from blip2nb.families.captioners.mapping import entries
 from blip2nb.families.captioners.stages import parameter_pairs
 from blip2nb.proof.subject import Subject
-from blip2nb.trace.diagnose import AttributeDifference, Known
+from blip2nb.trace.diagnosis.known import AttributeDifference, Known
 from blip2nb.trace.precision import Weights
 from blip2nb.weights.hashing import digest, digest_as
 from blip2nb.weights.rules import Entry

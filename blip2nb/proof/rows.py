@@ -7,9 +7,10 @@ import torch
 from blip2nb.families.captioners.stages import KnownDifference
 from blip2nb.report import schema
 from blip2nb.trace.causes import Cause
-from blip2nb.trace.comparison import Comparison, StageResult
-from blip2nb.trace.diagnose import AttributeDifference, Finding
+from blip2nb.trace.diagnosis.findings import Finding
+from blip2nb.trace.diagnosis.known import AttributeDifference
 from blip2nb.trace.metrics import compare_logits
+from blip2nb.trace.results import Comparison, StageResult
 from blip2nb.trace.stage import Stage
 
 

@@ -21,9 +21,11 @@ from blip2nb.families.captioners import configuration, huggingface
 from blip2nb.families.captioners.lavis import in_batches
 from blip2nb.proof import evidence
 from blip2nb.report import schema
-from blip2nb.trace.comparison import Comparison, StageResult, compare
-from blip2nb.trace.diagnose import AttributeDifference, repaired
+from blip2nb.trace.comparison import compare
+from blip2nb.trace.diagnosis.known import AttributeDifference
+from blip2nb.trace.diagnosis.repairs import repaired
 from blip2nb.trace.metrics import FEW, compare_logits, kl_per_position
+from blip2nb.trace.results import Comparison, StageResult
 from blip2nb.variants import Variant
 
 if TYPE_CHECKING:

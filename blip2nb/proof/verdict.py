@@ -6,7 +6,7 @@ import dataclasses
 
 from blip2nb.report import schema
 from blip2nb.report.schema import Content, Missing
-from blip2nb.trace.comparison import faulty
+from blip2nb.trace.results import faulty
 from blip2nb.weights.convert import LOSSY
 
 # -- what is missing

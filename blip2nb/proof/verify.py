@@ -21,7 +21,8 @@ from blip2nb.proof.weights import prove_weights
 from blip2nb.report import schema
 from blip2nb.report.schema import Content, Missing
 from blip2nb.report.store import ReportData
-from blip2nb.trace.diagnose import Finding, repaired
+from blip2nb.trace.diagnosis.findings import Finding
+from blip2nb.trace.diagnosis.repairs import repaired
 from blip2nb.trace.metrics import THRESHOLD
 
 NO_RECORDING = Missing(

@@ -11,10 +11,10 @@ from blip2nb.trace.stage import Stage
 __all__ = ["Comparison", "Finding", "Known", "Stage", "Step", "Tape", "compare", "enter_both"]
 
 _HOMES = {
-    "Comparison": "comparison",
+    "Comparison": "results",
     "compare": "comparison",
-    "Finding": "diagnose",
-    "Known": "diagnose",
+    "Finding": "diagnosis.findings",
+    "Known": "diagnosis.known",
     "Step": "step",
     "enter_both": "step",
     "Tape": "tape",

@@ -18,12 +18,7 @@ import torch
 
 from blip2nb.trace.metrics import FEW, THRESHOLD, exceeds, judge, judge_alone, judged
 from blip2nb.trace.tape import Tape, first_tensor, sample_rows, with_first
-
-QUERY_KEY_VALUE = {
-    "q": "query", "k": "key", "v": "value", "query": "query", "key": "key", "value": "value", "q_proj": "query",
-    "k_proj": "key", "v_proj": "value", "qkv": "qkv", "qkv_proj": "qkv", "wq": "query", "wk": "key", "wv": "value",
-}  # fmt: skip
-"""What the projections of an attention are called, by the last part of their path."""
+from blip2nb.trace.vocabulary import HOLDERS, MIXED, in_attention, role_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +43,11 @@ class Look:
     expected: torch.Tensor = dataclasses.field(repr=False)
     found: torch.Tensor = dataclasses.field(repr=False)
     exact: torch.Tensor = dataclasses.field(repr=False)
+
+    @property
+    def path(self) -> str:
+        """Of the paired module, relative to the stage's."""
+        return self.key.rpartition(":")[0]
 
     @property
     def at(self) -> str:
@@ -254,7 +254,7 @@ class _Forced:
         own = [name for name in seen.between if not isinstance(modules.get(name), torch.nn.Dropout | torch.nn.Identity)]
         if not before:
             return path, part_of(path or self.suspect.path, self.suspect.module)
-        if before.rpartition(".")[2] in QUERY_KEY_VALUE:
+        if role_of(before) in MIXED:
             return before.rpartition(".")[0], "attention"
         if own:
             kind = part_of(own[-1], modules[own[-1]])
@@ -262,7 +262,7 @@ class _Forced:
         if path and all(part_of(one, modules[one]) in ("mlp", "projection") for one in (before, path)):
             return _function_in(_ancestor(before, path), self.suspect.module), "activation"
         holder = before if path.startswith(f"{before}.") else _ancestor(before, path)
-        attends = any(name in QUERY_KEY_VALUE for name, _ in modules[holder].named_children())
+        attends = any(role_of(name) in MIXED for name, _ in modules[holder].named_children())
         return holder, "attention" if attends else "residual"
 
 
@@ -280,23 +280,22 @@ def _function_in(path: str, module: torch.nn.Module) -> str:
 
 def part_of(path: str, module: torch.nn.Module) -> str:
     """What a module is called, by its name, its kind and its shape."""
-    name = path.rpartition(".")[2]
+    name, role = path.rpartition(".")[2], role_of(path)
     kind = type(module).__name__.lower()
-    if name in QUERY_KEY_VALUE:
-        return QUERY_KEY_VALUE[name]
+    if role in MIXED:
+        return role
     if "norm" in kind:
         return "norm"
     if isinstance(module, torch.nn.Embedding):
         return "position bias" if "bias" in name else "embedding"
     if list(module.children()):
-        words = {"att": "attention", "mlp": "mlp", "dense": "mlp", "intermediate": "activation", "embed": "embedding"}
-        return next((part for word, part in words.items() if word in name.lower()), "residual")
+        return next((part for word, part in HOLDERS.items() if word in name.lower()), "residual")
     weight = getattr(module, "weight", None)
     if "head" in name:
         return "logits"
     if isinstance(weight, torch.Tensor) and weight.dim() == 2:
-        attention = "att" in path.lower() or name in ("o", "out_proj", "proj", "projection")
-        return "projection" if "proj" in name or (attention and weight.shape[0] == weight.shape[1]) else "mlp"
+        square = weight.shape[0] == weight.shape[1]
+        return "projection" if "proj" in name or (square and in_attention(path)) else "mlp"
     return name or "stage"
 
 

@@ -30,6 +30,10 @@ FEW = 16 * UNIT
 """More than a few operations in a row can be off, on any processor and in any library: sums, products and quotients
 round once each, and a function such as exp or erf is given to four units in the last place, eight roundings."""
 
+ARRIVAL_TOLERANCE = FEW
+"""Between stages a few additions happen at most, which round alike on every processor; an arrival error above this is a
+fault."""
+
 _CAST = {torch.bfloat16: THRESHOLD / 8, torch.float16: THRESHOLD / 6}
 _CAST_WITH_WEIGHTS = 300.0
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from blip2nb.trace.comparison import Inputs, call, record
+from blip2nb.trace.calling import Inputs, call, record
 from blip2nb.trace.metrics import THRESHOLD, exceeds, judge
 from blip2nb.trace.precision import in_float64
 from blip2nb.trace.stage import Stage

@@ -1,8 +1,8 @@
 """A tape: what a reference model took in and gave out at named places, in one safetensors file.
 
-Stands alone, so that it can record where the reference lives: torch and safetensors only, Python 3.8. Places are
-written `path.of.a.module` (its output) or `path.of.a.module:argument` (what it was handed under that name);
-`path.of.a.module:0` is its first argument, whatever that is called.
+Needs `vocabulary.py` beside it and nothing else of this kit, so that it can record where the reference lives: torch and
+safetensors only, Python 3.8. Places are written `path.of.a.module` (its output) or `path.of.a.module:argument` (what it
+was handed under that name); `path.of.a.module:0` is its first argument, whatever that is called.
 """
 
 import contextlib
@@ -15,12 +15,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+if __package__:
+    from blip2nb.trace.vocabulary import MIXED, role_of
+else:  # copied to where the reference is
+    from vocabulary import MIXED, role_of  # type: ignore[no-redef]
+
 FORMAT = 3
 
 SAMPLE = 32
 """So many positions are kept of what a module inside a stage took in and gave out, where each is computed alone."""
-
-_MIXED = {"q", "k", "v", "qkv", "query", "key", "value", "q_proj", "k_proj", "v_proj", "qkv_proj"}
 
 
 def split_place(place):
@@ -98,10 +101,9 @@ def recording(model, places, samples=()):
 
 def _thinned(path, module, argument):
     """Whether what happens at one position depends on that position alone, also in what comes after."""
-    name = path.rpartition(".")[2]
-    if name in _MIXED or isinstance(module, torch.nn.Embedding):
+    if role_of(path) in MIXED or isinstance(module, torch.nn.Embedding):
         return False
-    return argument is None or "att" not in name.lower()
+    return argument is None or "att" not in path.rpartition(".")[2].lower()
 
 
 def _wrap(module, named, out):

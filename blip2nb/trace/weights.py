@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from blip2nb.trace.inside import QUERY_KEY_VALUE
 from blip2nb.trace.metrics import UNIT
+from blip2nb.trace.vocabulary import FUSED, FUSED_PARAMETERS, MIXED, role_of_parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ def what_changed(name: str, found: torch.Tensor, expected: torch.Tensor, heads: 
     found, expected = found.detach().cpu(), expected.detach().cpu().to(found.dtype)
     if torch.equal(found, expected):
         return None
-    tests = (_not_finite, _zero, _rounded, _thirds, _transposed, _reordered, _reordered_columns, _scaled, _resampled)
+    tests = (_not_finite, _zero, _rounded, _fused, _transposed, _reordered, _reordered_columns, _scaled, _resampled)
     for test in tests:
         change = test(name, found, expected, heads)
         if change is not None:
@@ -43,7 +43,7 @@ def what_changed(name: str, found: torch.Tensor, expected: torch.Tensor, heads: 
 
 
 def kind_of(name: str) -> str:
-    """bias, position, position bias, query, key, value, qkv, norm, embedding or weight, by a parameter's name."""
+    """bias, position, position bias, query, key, value, qkv, kv, norm or weight, by a parameter's name."""
     parts = name.split(".")
     if "relative_attention_bias" in name:
         return "position bias"
@@ -51,8 +51,8 @@ def kind_of(name: str) -> str:
         return "position"
     if parts[-1].endswith("bias"):
         return "bias"
-    if len(parts) > 1 and parts[-2] in QUERY_KEY_VALUE:
-        return QUERY_KEY_VALUE[parts[-2]]
+    if role_of_parameter(name) in MIXED:
+        return role_of_parameter(name)
     return "norm" if len(parts) > 1 and "norm" in parts[-2].lower() else "weight"
 
 
@@ -67,10 +67,8 @@ def _not_finite(name: str, found: torch.Tensor, expected: torch.Tensor, heads: i
 def _zero(name: str, found: torch.Tensor, expected: torch.Tensor, heads: int | None) -> Change | None:
     if found.any():
         return None
-    ids = {
-        "bias": "bias_missing", "position": "position_missing", "position bias": "position_bias_missing",
-        "query": "qkv_missing", "key": "qkv_missing", "value": "qkv_missing", "qkv": "qkv_missing",
-    }  # fmt: skip
+    ids = {"bias": "bias_missing", "position": "position_missing", "position bias": "position_bias_missing"}
+    ids |= dict.fromkeys(MIXED, "qkv_missing")
     return Change(ids.get(kind_of(name), "weight_missing"), "all its values are zero")
 
 
@@ -82,38 +80,38 @@ def _rounded(name: str, found: torch.Tensor, expected: torch.Tensor, heads: int 
     return None
 
 
-def _thirds(name: str, found: torch.Tensor, expected: torch.Tensor, heads: int | None) -> Change | None:
-    """Queries, keys and values in one tensor: which third stands where, and what was done to one of them."""
-    parts = name.split(".")
-    fused = len(parts) > 1 and QUERY_KEY_VALUE.get(parts[-2]) == "qkv"
-    if not fused or len(found) % 3:
+def _fused(name: str, found: torch.Tensor, expected: torch.Tensor, heads: int | None) -> Change | None:
+    """Queries, keys and values in one tensor: which part stands where, and what was done to one of them."""
+    words = FUSED.get(role_of_parameter(name), ())
+    if not words or len(found) % len(words):
         return None
-    words, right = ("query", "key", "value"), expected.chunk(3)
+    if found.dim() == 2 and len(found) < found.shape[1]:  # transposed, as GPT-2 keeps it: its rows are not of one part
+        return None
+    given, right = found.chunk(len(words)), expected.chunk(len(words))
     stands: list[str] = []
-    for number, third in enumerate(found.chunk(3)):
-        if torch.equal(third, right[number]):
+    for number, part in enumerate(given):
+        if torch.equal(part, right[number]):
             stands.append(words[number])
-        elif not third.any():
+        elif not part.any():
             stands.append("zeros")
         else:
-            stands.append(next((words[n] for n, one in enumerate(right) if torch.equal(third, one)), "?"))
+            stands.append(next((words[n] for n, one in enumerate(right) if torch.equal(part, one)), "?"))
     wrong = [number for number, one in enumerate(stands) if one != words[number]]
     if stands.count("?") == 1 and len(wrong) == 1:
-        return _one_third(parts, words[wrong[0]], found.chunk(3)[wrong[0]], right[wrong[0]], heads)
+        return _one_part(name, words[wrong[0]], given[wrong[0]], right[wrong[0]], heads)
     if not wrong or "?" in stands:
         return None
     if all(stands[number] == "zeros" for number in wrong):
         missing = " and ".join(words[number] for number in wrong)
-        bias = parts[-1] == "bias"
-        return Change("bias_missing" if bias else "qkv_missing", f"the part of the {missing} is zero")
-    return Change("qkv_swapped", f"{', '.join(stands)} stand where query, key, value should")
+        return Change("bias_missing" if name.endswith("bias") else "qkv_missing", f"the part of the {missing} is zero")
+    return Change("qkv_swapped", f"{', '.join(stands)} stand where {', '.join(words)} should")
 
 
-def _one_third(
-    parts: list[str], word: str, found: torch.Tensor, expected: torch.Tensor, heads: int | None
-) -> Change | None:
+def _one_part(name: str, word: str, found: torch.Tensor, expected: torch.Tensor, heads: int | None) -> Change | None:
     """Only the queries', the keys' or the values' part is another: looked at as if it stood alone."""
-    alone = ".".join([*parts[:-2], word, parts[-1]])
+    path, _, leaf = name.rpartition(".")
+    holder = path if leaf in FUSED_PARAMETERS else path.rpartition(".")[0]
+    alone = f"{holder}.{word}.{leaf.removeprefix('in_proj_')}"
     change = what_changed(alone, found.contiguous(), expected.contiguous(), heads)
     return None if change is None else Change(change.id, f"in the part of the {word}, {change.words}")
 

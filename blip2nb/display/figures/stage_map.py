@@ -87,7 +87,7 @@ _DIVERGES, _LOST, _UNJUDGED, _ROUNDS, _EQUAL = (
 _MARKS = {_DIVERGES: "✗", _LOST: "?", _UNJUDGED: "?", _ROUNDS: "✓", _EQUAL: "="}
 
 _ARRIVAL = 2.0**-20
-"""What arrives somewhere may differ by this much: trace.comparison.ARRIVAL_TOLERANCE, without loading torch."""
+"""What arrives somewhere may differ by this much: trace.metrics.ARRIVAL_TOLERANCE, without loading torch."""
 
 
 def _fares(report: Report) -> list[str]:

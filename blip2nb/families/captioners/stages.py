@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from blip2nb.trace.diagnose import AttributeDifference
+from blip2nb.trace.diagnosis.known import AttributeDifference
 from blip2nb.trace.stage import Stage
 from blip2nb.variants import Variant
 
