@@ -31,7 +31,9 @@ import torch
 
 from benchmarks.process import ROOT
 from benchmarks.results import table
-from blip2nb.catalogue.break_it import CATALOGUE, Bench, Case
+from blip2nb.catalogue.bench import Bench
+from blip2nb.catalogue.captioners import CATALOGUE
+from blip2nb.catalogue.cases import Case
 from blip2nb.conversion.files import open_source
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.stages import stages
@@ -218,7 +220,7 @@ def right_twin(name: str, folder: Path, tape_path: str) -> Iterator[Judged]:
 
 def drawn(bench: Bench, count: int, seed: str = "processors") -> list[Case]:
     """Faults of the catalogue, each at a place drawn by chance; the same in every cell."""
-    chance = random.Random(f"{seed}/{bench.variant.name}")
+    chance = random.Random(f"{seed}/{bench.right.variant.name}")
     cases = (bench.cases(fault) for fault in CATALOGUE.values())
     every = [chance.choice(some) for some in cases if some]
     return chance.sample(every, min(count, len(every)))

@@ -18,7 +18,7 @@ from blip2nb.weights.download import locate
 from blip2nb.weights.writer import parse_size
 
 if TYPE_CHECKING:
-    from blip2nb.catalogue.break_it import Answer, Listing
+    from blip2nb.catalogue.answers import Answer, Listing
     from blip2nb.conversion.files import Opened
     from blip2nb.conversion.preview import Preview
     from blip2nb.conversion.revert import Reverted
@@ -612,7 +612,7 @@ def break_it(target: str | Path | Run, fault: str, where: str = "", seed: int = 
     Raises:
         RequestError: there is no such run, mistake or place, or no recording of LAVIS that fits the run.
     """
-    from blip2nb.catalogue.break_it import Bench
+    from blip2nb.catalogue.bench import Bench
     from blip2nb.lavis_env import reference
 
     run = _run_of(target)
@@ -627,9 +627,10 @@ def break_it(target: str | Path | Run, fault: str, where: str = "", seed: int = 
 
 def faults() -> Listing:
     """The mistakes that `break_it` makes, as a table: name, kind, what is done wrong, and its likely cause."""
-    from blip2nb.catalogue.break_it import Listing
+    from blip2nb.catalogue.answers import Listing
+    from blip2nb.catalogue.captioners import CATALOGUE
 
-    return Listing()
+    return Listing(CATALOGUE)
 
 
 def show(target: str | Path | Run) -> str:

@@ -20,7 +20,8 @@ from made_up import report as made_up_report
 from test_page import Read
 
 from blip2nb import api, trace
-from blip2nb.catalogue import break_it
+from blip2nb.catalogue import bench as catalogue_bench
+from blip2nb.catalogue.cases import Broken
 from blip2nb.display import overview, page, plots
 from blip2nb.errors import OutOfMemory, RequestError, memory_ran_out
 from blip2nb.families.captioners import huggingface, inputs
@@ -234,14 +235,14 @@ def test_no_place_that_keeps_going_after_an_error_keeps_going_without_memory(
             api.verify(run, output=tmp_path / "out", figures=False)
     assert not (tmp_path / "out" / "report.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(break_it.verify, "findings", fails)
-        bench = object.__new__(break_it.Bench)
-        bench.folder = bench.tape = bench.source = None  # type: ignore[assignment]
+        patch.setattr(catalogue_bench.verify, "findings", fails)
+        bench = object.__new__(catalogue_bench.Bench)
+        bench.tape = bench.source = None  # type: ignore[assignment]
         with pytest.raises(RuntimeError, match="allocate"):
-            bench._findings(break_it.Broken(None, None, run.model))  # type: ignore[arg-type]
+            bench.findings(Broken(None, None, run.model))  # type: ignore[arg-type]
     with monkeypatch.context() as patch:
         calls: list[object] = []
-        patch.setattr(break_it, "compare", lambda *_, **__: calls.append(1) or fails())
+        patch.setattr(catalogue_bench, "compare", lambda *_, **__: calls.append(1) or fails())
         bench.known, bench.stages = [], []  # type: ignore[assignment]
         with pytest.raises(RuntimeError, match="allocate"):
             bench.measure(huggingface.Loaded(torch.nn.Linear(1, 1), None), {})  # type: ignore[arg-type]

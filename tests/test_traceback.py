@@ -3,7 +3,8 @@
 import logging
 
 from blip2nb import cli
-from blip2nb.catalogue.break_it import Bench, Broken
+from blip2nb.catalogue.bench import Bench
+from blip2nb.catalogue.cases import Broken
 from blip2nb.proof import verify
 from blip2nb.weights import download
 
@@ -29,7 +30,7 @@ def test_a_diagnosis_that_stops_is_no_answer_and_a_traceback(caplog, monkeypatch
     monkeypatch.setattr(verify, "findings", fails)
     bench = object.__new__(Bench)
     vars(bench).update(tape=None, source=lambda: None)
-    assert bench._findings(Broken(tmp_path, None, {})) == ((), "OSError: the cause")
+    assert bench.findings(Broken(tmp_path, None, {})) == ((), "OSError: the cause")
     assert logged(caplog)
 
 
