@@ -40,6 +40,7 @@ from blip2nb.variants import TWINS, variant
 
 RESULTS = ROOT / "benchmarks" / "results" / "faults.md"
 PAIRS = "two at once"
+FEW_STAGES = 4  # of a pair, together: what is in every stage, such as a rounded model, leaves no room for another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +124,7 @@ def pairs(singles: Sequence[Case], count: int, seed: str) -> list[Case]:
         one, other = chance.sample(list(singles), 2)
         inputs = sum(case.faults[0].fault.kind == "inputs" for case in (one, other))
         apart = not set(one.stages) & set(other.stages)
-        if apart and inputs < 2 and len(one.stages) + len(other.stages) <= 4:
+        if apart and inputs < 2 and len(one.stages) + len(other.stages) <= FEW_STAGES:
             found.append(one + other)
     return found
 

@@ -51,7 +51,7 @@ SETTINGS = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
     "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_CBWR": "AVX512"},
 }
-THREADS = (1, 2, 4)
+THREADS = (1, 2, 4)  # products are added up in another order with another number; one process may have more than cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -245,7 +245,7 @@ def _drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 def _patches(scale: float) -> tuple[torch.nn.Module, torch.Tensor]:
     """A convolution with a bias like the rest of its output, or far above it: an almost empty image."""
     layer = torch.nn.Conv2d(3, 192, 14, 14)
-    layer.weight.data.copy_(_drawn(192, 3, 14, 14) / 588**0.5)
+    layer.weight.data.copy_(_drawn(192, 3, 14, 14) / 588**0.5)  # by its 3 · 14 · 14 inputs
     layer.bias.data.copy_(_drawn(192, seed=1) / 10)  # type: ignore[union-attr]
     return layer, scale * _drawn(1, 3, 112, 112, seed=2)
 
