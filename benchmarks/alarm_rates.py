@@ -2,7 +2,7 @@
 
 An excess is the quotient of two rounding errors' norms. Were each error made of N independent values on a bell curve,
 log(excess) would have a standard deviation of 1/√N, about a mean of zero. N is counted as the values that carry the
-error (`false_alarms.carrying`). Where there are very many, what is left is a small floor that does not shrink: the two
+error (`alarm_rows.carrying`). Where there are very many, what is left is a small floor that does not shrink: the two
 ways of computing are not equally exact. So what is looked at is z = log(excess) / √(1/N + floor²); its tail, fitted
 once for all stages, says how seldom a stage of N values exceeds a threshold.
 """
@@ -26,10 +26,12 @@ Row = dict[str, Any]
 PARTS = ("calibration", "held-out")
 OTHER = "other processor"
 UNITS = {"float32": 2**-24, "bfloat16": 2**-8, "float16": 2**-11}
-TAIL_SHARE = 0.05  # of the largest |z|, on which the tail is fitted
+TAIL_SHARE = 0.05  # the tail is fitted to the largest |z|: so many are 56 of the calibration runs, for two parameters
 PER_MILLION = 1e6
 _BINS = (0, 10, 30, 100, 200, 500, 1_000, 3_000, 10_000, 100_000, math.inf)
-_MANY = 3_000  # values, from where on the floor shows
+_MANY = 3_000  # values: 1/√N is then below 0.02, and the floor shows
+_QUARTILE = 0.6745  # the median of |x| on a bell curve, in standard deviations
+_FEWEST = 200  # values, below which a tail is not fitted: 5 % of them are 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +173,7 @@ def floor_of(rows: Sequence[Row]) -> float:
     of large matrices are added up in another order on the two sides, and stand apart."""
     stages = judged(rows, "float32", "calibration")
     many = [abs(math.log(one["excess"])) for one in stages if one["local"] and one["carrying"] > _MANY]
-    return float(np.median(many)) / 0.6745 if many else 0.0
+    return float(np.median(many)) / _QUARTILE if many else 0.0
 
 
 def scored(stages: Iterable[Row], floor: float) -> list[Row]:
@@ -187,7 +189,7 @@ def _tail(rows: Sequence[Row]) -> list[str]:
     floor = floor_of(rows)
     parts = [scored((one for one in judged(rows, "float32", part) if one["local"]), floor) for part in PARTS]
     few = [one for one in parts[0] if one["carrying"] <= _MANY]
-    if len(few) < 200 or not parts[1]:
+    if len(few) < _FEWEST or not parts[1]:
         return []
     tail = fit_tail(np.abs([one["z"] for one in few]))
     plain = fit_tail(np.abs(np.log([one["excess"] for one in parts[0]])))
@@ -285,7 +287,7 @@ def _half_thresholds(rows: Sequence[Row], dtype: str) -> str:
     lines = []
     for measure, (words, thresholds) in _HALF_MEASURES.items():
         parts = [_in_half(judged(rows, dtype, part), measure) for part in PARTS]
-        if len(parts[0]) < 200 or not parts[1]:
+        if len(parts[0]) < _FEWEST or not parts[1]:
             continue
         tail = fit_tail(np.log(parts[0]))
         for threshold in thresholds:

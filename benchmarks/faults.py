@@ -4,7 +4,7 @@
     python -m benchmarks.faults --twins tiny-blip2-opt-2.7b --faults eps,qkv_swapped --output /tmp/faults.md
 
 Each fault is planted at the first, a middle and the last of the places that differ only in depth, in a model that is
-otherwise right, and the kit is asked (`catalogue.break_it.Bench.ask`). What right answers are is said in the page
+otherwise right, and the kit is asked (`blip2nb.catalogue.bench.Bench.ask`). What right answers are is said in the page
 that is written.
 """
 
@@ -27,8 +27,12 @@ from benchmarks import machine
 from benchmarks.process import ROOT
 from benchmarks.results import table
 from blip2nb import api
-from blip2nb.catalogue.any_model import Fault, first_middle_last
-from blip2nb.catalogue.break_it import CATALOGUE, VISIBLE, Answer, Bench, Case, Marks
+from blip2nb.catalogue.answers import Answer
+from blip2nb.catalogue.bench import Bench
+from blip2nb.catalogue.captioners import CATALOGUE
+from blip2nb.catalogue.cases import Case
+from blip2nb.catalogue.marks import VISIBLE, Marks
+from blip2nb.catalogue.planting import Fault, first_middle_last
 from blip2nb.conversion.files import open_source
 from blip2nb.lavis_env.reference import shipped_tape
 from blip2nb.trace.tape import Tape
@@ -36,6 +40,7 @@ from blip2nb.variants import TWINS, variant
 
 RESULTS = ROOT / "benchmarks" / "results" / "faults.md"
 PAIRS = "two at once"
+FEW_STAGES = 4  # of a pair, together: what is in every stage, such as a rounded model, leaves no room for another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +124,7 @@ def pairs(singles: Sequence[Case], count: int, seed: str) -> list[Case]:
         one, other = chance.sample(list(singles), 2)
         inputs = sum(case.faults[0].fault.kind == "inputs" for case in (one, other))
         apart = not set(one.stages) & set(other.stages)
-        if apart and inputs < 2 and len(one.stages) + len(other.stages) <= 4:
+        if apart and inputs < 2 and len(one.stages) + len(other.stages) <= FEW_STAGES:
             found.append(one + other)
     return found
 
@@ -129,7 +134,7 @@ def result(bench: Bench, case: Case, row: str, seed: int) -> Result:
     began = time.monotonic()
     answer = bench.ask(case, seed)
     seconds = time.monotonic() - began
-    return Result(bench.variant.name, row, str(case), answer.marks, _wanted(answer), _said(answer), seconds)
+    return Result(bench.right.variant.name, row, str(case), answer.marks, _wanted(answer), _said(answer), seconds)
 
 
 def _wanted(answer: Answer) -> str:

@@ -51,10 +51,10 @@ def record_twin(record_lavis, twins, request):
     if name not in twins:
         twins[name] = record_lavis.build(request)[0]
     model = twins[name]
-    record_lavis._fill(model, request)
+    record_lavis.fill(model, request)
     getattr(model, request["language_prefix"]).tie_weights()
-    processor = record_lavis._eval_processor(request)
-    pixels = torch.stack([processor(record_lavis._open_image(path)) for path in request["images"]])
+    processor = record_lavis.eval_processor(request)
+    pixels = torch.stack([processor(record_lavis.open_image(path)) for path in request["images"]])
     with record_lavis.recording(model, request["places"]) as recorded:
         model(dict(request["texts"], image=pixels))
     recorded["pixel_values"] = pixels

@@ -31,13 +31,15 @@ import torch
 
 from benchmarks.process import ROOT
 from benchmarks.results import table
-from blip2nb.catalogue.break_it import CATALOGUE, Bench, Case
+from blip2nb.catalogue.bench import Bench
+from blip2nb.catalogue.captioners import CATALOGUE
+from blip2nb.catalogue.cases import Case
 from blip2nb.conversion.files import open_source
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.stages import stages
 from blip2nb.lavis_env.environment import find_lavis
 from blip2nb.lavis_env.reference import shipped_tape
-from blip2nb.proof.verify import tape_images
+from blip2nb.proof.behaviour import tape_images
 from blip2nb.trace import Stage, compare
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import TWINS, variant
@@ -49,7 +51,7 @@ SETTINGS = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"},
     "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "MKL_CBWR": "AVX512"},
 }
-THREADS = (1, 2, 4)
+THREADS = (1, 2, 4)  # products are added up in another order with another number; one process may have more than cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -218,7 +220,7 @@ def right_twin(name: str, folder: Path, tape_path: str) -> Iterator[Judged]:
 
 def drawn(bench: Bench, count: int, seed: str = "processors") -> list[Case]:
     """Faults of the catalogue, each at a place drawn by chance; the same in every cell."""
-    chance = random.Random(f"{seed}/{bench.variant.name}")
+    chance = random.Random(f"{seed}/{bench.right.variant.name}")
     cases = (bench.cases(fault) for fault in CATALOGUE.values())
     every = [chance.choice(some) for some in cases if some]
     return chance.sample(every, min(count, len(every)))
@@ -243,7 +245,7 @@ def _drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 def _patches(scale: float) -> tuple[torch.nn.Module, torch.Tensor]:
     """A convolution with a bias like the rest of its output, or far above it: an almost empty image."""
     layer = torch.nn.Conv2d(3, 192, 14, 14)
-    layer.weight.data.copy_(_drawn(192, 3, 14, 14) / 588**0.5)
+    layer.weight.data.copy_(_drawn(192, 3, 14, 14) / 588**0.5)  # by its 3 · 14 · 14 inputs
     layer.bias.data.copy_(_drawn(192, seed=1) / 10)  # type: ignore[union-attr]
     return layer, scale * _drawn(1, 3, 112, 112, seed=2)
 

@@ -29,6 +29,7 @@ from blip2nb import api
 from blip2nb.families.captioners import huggingface
 from blip2nb.lavis_env.reference import SHIPPED_TAPES
 from blip2nb.proof import verify
+from blip2nb.proof.behaviour import tape_images
 from blip2nb.proof.captions import LONGEST, MODES
 from blip2nb.proof.subject import Subject
 from blip2nb.trace.precision import widened
@@ -61,7 +62,7 @@ def _row(model: str, times: int, scratch: Path) -> list[str]:
     run = api.convert(model, output=scratch / model / "model")
     tape = Tape(SHIPPED_TAPES / f"{model}.safetensors")
     loaded = huggingface.load(run.model)
-    images = verify.tape_images(tape)
+    images = tape_images(tape)
     inputs = huggingface.forward_inputs(loaded, variant(model), images[0], tape.metadata["texts"])
     measured: dict[str, list[float]] = {}
     for _ in range(times + 1):

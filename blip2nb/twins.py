@@ -177,6 +177,7 @@ _GAINS: tuple[tuple[str, float], ...] = (
 
 
 def _spread(name: str, shape: tuple[int, ...]) -> float:
+    """The standard deviation of a tensor's values: of a table's as such, of a matrix's by its inputs and `_GAINS`."""
     if name.endswith(("cls_token", "pos_embed")):
         return 0.2
     if name.endswith(("embed_tokens.weight", "embed_positions.weight")):
@@ -255,17 +256,20 @@ def _write_language(variant: Variant, form: Form, tensors: Mapping[str, torch.Te
             weight_map |= dict.fromkeys(part, file)
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-    write, config = (
-        (_write_opt_tokenizer, _opt_config) if variant.language.kind == "opt" else (_write_t5_tokenizer, _t5_config)
-    )
-    write(variant, folder)
-    (folder / "config.json").write_text(json.dumps(config(variant), indent=2) + "\n", encoding="utf-8")
+    write_tokenizer = {"opt": _write_opt_tokenizer, "t5": _write_t5_tokenizer}[variant.language.kind]
+    write_tokenizer(variant, folder)
+    (folder / "config.json").write_text(json.dumps(language_config(variant), indent=2) + "\n", encoding="utf-8")
 
 
 def _save_safetensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def language_config(variant: Variant) -> dict[str, object]:
+    """What a language model's config.json says on the hub, with a variant's sizes."""
+    return {"opt": _opt_config, "t5": _t5_config}[variant.language.kind](variant)
 
 
 def _opt_config(variant: Variant) -> dict[str, object]:

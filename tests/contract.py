@@ -29,6 +29,11 @@ from safetensors import safe_open  # noqa: E402
 import blip2nb  # noqa: E402
 from benchmarks.faults import pairs  # noqa: E402
 from blip2nb import cli  # noqa: E402
+from blip2nb.catalogue.bench import Bench  # noqa: E402
+from blip2nb.catalogue.captioners import CATALOGUE  # noqa: E402
+from blip2nb.conversion.files import open_source  # noqa: E402
+from blip2nb.lavis_env.reference import shipped_tape  # noqa: E402
+from blip2nb.trace import Tape  # noqa: E402
 from blip2nb.variants import TWINS  # noqa: E402
 
 FOLDER = Path(__file__).with_name("contract")
@@ -222,9 +227,9 @@ def tensors_hash(folder: Path) -> str:
     return found.hexdigest()
 
 
-def rate(name: str, bench: Any) -> dict[str, int]:
+def rate(name: str, bench: Bench) -> dict[str, int]:
     """Faults of the catalogue, one place each, drawn by chance: how many were found, and how they were called."""
-    fitting = [(fault.name, cases) for fault in _catalogue().values() if (cases := bench.cases(fault))]
+    fitting = [(fault.name, cases) for fault in CATALOGUE.values() if (cases := bench.cases(fault))]
     chance = random.Random(name)
     chosen = [chance.choice(cases) for _, cases in sorted(chance.sample(fitting, SAMPLE))]
     chosen += pairs(chosen, 1, name)
@@ -236,17 +241,8 @@ def rate(name: str, bench: Any) -> dict[str, int]:
     }
 
 
-def _catalogue() -> Mapping[str, Any]:
-    from benchmarks.faults import CATALOGUE
-
-    return CATALOGUE
-
-
-def bench_of(run: blip2nb.Run) -> Any:
+def bench_of(run: blip2nb.Run) -> Bench:
     """What faults are planted in."""
-    from benchmarks.faults import Bench, open_source, shipped_tape
-    from blip2nb.trace import Tape
-
     return Bench(run.model, Tape(shipped_tape(run.variant)), lambda: open_source(run.variant))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import overviews as overview
 import psutil
 import pytest
 from browser import ROOT, Watched
@@ -24,7 +25,6 @@ from conftest import edit_weights
 from records import raw
 
 from blip2nb import api
-from blip2nb.display import overview
 from blip2nb.handles import Run
 
 NUMBER = re.compile(r"\[\d+\]:")

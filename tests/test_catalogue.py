@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
 import os
@@ -19,9 +20,12 @@ from torch import nn
 
 import blip2nb
 from benchmarks.faults import drawn, pairs
-from blip2nb.catalogue import any_model, break_it
-from blip2nb.catalogue.any_model import Target, same_bits
-from blip2nb.catalogue.break_it import Expected, judge
+from blip2nb.catalogue import any_model
+from blip2nb.catalogue.bench import Bench
+from blip2nb.catalogue.captioners import CATALOGUE
+from blip2nb.catalogue.cases import write
+from blip2nb.catalogue.marks import Expected, judge
+from blip2nb.catalogue.planting import Target, first_middle_last, same_bits
 from blip2nb.conversion.files import open_source
 from blip2nb.errors import RequestError
 from blip2nb.handles import Run
@@ -33,15 +37,15 @@ from blip2nb.trace.tape import Tape
 from blip2nb.variants import variant
 
 OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"
-Benches = Callable[[str], break_it.Bench]
+Benches = Callable[[str], Bench]
 KNOWN = "vision.post_layernorm"  # its eps is a known difference of today's transformers
 
 
 @pytest.fixture(scope="module")
 def benches(converted: Callable[[str], Run]) -> Benches:
-    def bench(name: str) -> break_it.Bench:
+    def bench(name: str) -> Bench:
         tape = Tape(shipped_tape(variant(name)))
-        return break_it.Bench(converted(name).model, tape, lambda: open_source(variant(name)))
+        return Bench(converted(name).model, tape, lambda: open_source(variant(name)))
 
     return functools.cache(bench)
 
@@ -63,7 +67,7 @@ def bits(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_every_fault_says_what_it_is():
-    for name, fault in break_it.CATALOGUE.items():
+    for name, fault in CATALOGUE.items():
         assert fault.name == name
         assert fault.kind in ("files", "code", "configuration", "inputs")
         assert {fault.cause, *fault.also} <= set(CAUSES)
@@ -73,10 +77,10 @@ def test_every_fault_says_what_it_is():
 
 @pytest.mark.parametrize("name", [OPT, T5])
 def test_a_live_model_is_as_it_was_afterwards_bit_for_bit(benches: Benches, name: str):
-    model = benches(name).loaded.model
+    model = benches(name).right.loaded.model
     before, weights = state(model), bits(model)
     for fault in any_model.CATALOGUE.values():
-        targets = any_model.first_middle_last(fault.targets(model))
+        targets = first_middle_last(fault.targets(model))
         for target in random.Random(fault.name).sample(targets, min(3, len(targets))):
             with fault.planted(model, target):
                 changed = {
@@ -95,30 +99,30 @@ def test_a_live_model_is_as_it_was_afterwards_bit_for_bit(benches: Benches, name
 @pytest.mark.parametrize("name", [OPT, T5])
 def test_a_fault_in_the_files_changes_a_copy_and_only_what_it_names(benches: Benches, name: str, tmp_path: Path):
     bench = benches(name)
-    original = snapshot(bench.folder)
-    stored = [fault for fault in break_it.CATALOGUE.values() if fault.kind in ("files", "configuration")]
+    original = snapshot(bench.right.folder)
+    stored = [fault for fault in CATALOGUE.values() if fault.kind in ("files", "configuration")]
     for number, fault in enumerate(stored):
         for case in drawn(bench.cases(fault), 1, False, fault.name):
             (placed,) = case.faults
-            copy = Path(shutil.copytree(bench.folder, tmp_path / str(number), copy_function=os.link))
-            break_it.write(fault, copy, placed.target)
-            differ = different(bench.folder, copy)
+            copy = Path(shutil.copytree(bench.right.folder, tmp_path / str(number), copy_function=os.link))
+            write(fault, copy, placed.target)
+            differ = different(bench.right.folder, copy)
             if fault.kind == "files":
                 assert differ
                 assert differ <= set(placed.target.names)
             else:
                 assert differ in ({"config.json"}, {"processor_config.json"})
-    assert snapshot(bench.folder) == original, "a copy's files are links to these, and were written through"
+    assert snapshot(bench.right.folder) == original, "a copy's files are links to these, and were written through"
 
 
 @pytest.mark.parametrize("name", ["bias_missing", "rounded_tensor", "eps_configured", "image_resample"])
 def test_what_is_in_the_files_already_is_refused(benches: Benches, name: str, tmp_path: Path):
-    bench, fault = benches(OPT), break_it.CATALOGUE[name]
+    bench, fault = benches(OPT), CATALOGUE[name]
     (placed,) = bench.cases(fault)[0].faults
-    copy = Path(shutil.copytree(bench.folder, tmp_path / "copy"))
-    break_it.write(fault, copy, placed.target)
+    copy = Path(shutil.copytree(bench.right.folder, tmp_path / "copy"))
+    write(fault, copy, placed.target)
     with pytest.raises(ValueError, match=r"changes nothing|already"):
-        break_it.write(fault, copy, placed.target)
+        write(fault, copy, placed.target)
 
 
 def different(one: Path, other: Path) -> set[str]:
@@ -139,18 +143,20 @@ def different(one: Path, other: Path) -> set[str]:
 @pytest.mark.parametrize("name", [OPT, T5])
 def test_a_fault_in_the_inputs_is_in_what_the_model_is_called_with(benches: Benches, name: str, tmp_path: Path):
     bench = benches(name)
-    for fault in break_it.CATALOGUE.values():
+    right = bench.right
+    for fault in CATALOGUE.values():
         for case in bench.cases(fault) if fault.kind == "inputs" else ():
-            with case.planted(bench, tmp_path / "copy") as broken:
-                values = ((bench.inputs[one], value) for one, value in broken.inputs.items() if one != "use_cache")
+            with case.planted(right, tmp_path / "copy") as broken:
+                values = ((right.inputs[one], value) for one, value in broken.inputs.items() if one != "use_cache")
                 assert not all(same_bits(before, after) for before, after in values), case
-                assert broken.loaded is bench.loaded
+                assert broken.loaded is right.loaded
 
 
 def test_the_same_seed_plants_the_same_and_another_something_else(benches: Benches):
-    parameters = dict(benches(OPT).loaded.model.named_parameters())
+    model = benches(OPT).right.loaded.model
+    parameters = dict(model.named_parameters())
     fault = any_model.CATALOGUE["value_changed"]
-    target = next(one for one in fault.targets(benches(OPT).loaded.model) if one.names[0].endswith("fc1.weight"))
+    target = next(one for one in fault.targets(model) if one.names[0].endswith("fc1.weight"))
     (first,), (again,), (other,) = (fault.changed(parameters, target, seed).values() for seed in (0, 0, 1))
     assert same_bits(first, again)
     assert not same_bits(first, other)
@@ -219,9 +225,9 @@ def test_what_is_planted_is_what_the_stages_show(benches: Benches, name: str, tm
     """Without any diagnosis: the stages that a fault says it arises at are the ones that measure more than rounding."""
     bench = benches(name)
     at_once = ("qkv_swapped", "norms_swapped", "layers_swapped", "residual", "activation", "image_mean", "text_first")
-    for fault in map(break_it.CATALOGUE.__getitem__, at_once):
+    for fault in map(CATALOGUE.__getitem__, at_once):
         for case in drawn(bench.cases(fault), 1, False, name):
-            with case.planted(bench, tmp_path / "copy") as broken:
+            with case.planted(bench.right, tmp_path / "copy") as broken:
                 found = compare(bench.tape, broken.loaded.model, bench.stages, broken.inputs).faults
             assert [one.name for one in found if one.name != KNOWN] == list(case.stages), case
 
@@ -302,14 +308,15 @@ def test_several_at_once_are_each_marked(benches: Benches):
 
 def test_asking_leaves_the_model_the_files_and_the_generator_as_they_were(benches: Benches):
     bench = benches(OPT)
-    files, before, weights = snapshot(bench.folder), state(bench.loaded.model), bits(bench.loaded.model)
+    folder, model = bench.right.folder, bench.right.loaded.model
+    files, before, weights = snapshot(folder), state(model), bits(model)
     torch.manual_seed(7)
     chance = torch.random.get_rng_state()
     for fault in ("dropout", "weight_missing", "eps_configured", "prompt"):
         bench.ask(bench.case(fault))
-    assert snapshot(bench.folder) == files
-    assert state(bench.loaded.model) == before
-    assert all(same_bits(one, weights[name]) for name, one in bench.loaded.model.named_parameters())
+    assert snapshot(folder) == files
+    assert state(model) == before
+    assert all(same_bits(one, weights[name]) for name, one in model.named_parameters())
     assert torch.equal(torch.random.get_rng_state(), chance)
 
 
@@ -348,7 +355,7 @@ def test_the_verb_says_where_a_recording_is_missing(model_copy: Callable[[str], 
 def test_the_catalogue_is_listed_as_a_table(benches: Benches):
     for listing in (blip2nb.faults(), benches(OPT).catalogue()):
         for text in (repr(listing), listing._repr_html_()):
-            assert all(name in text for name in break_it.CATALOGUE)
+            assert all(name in text for name in CATALOGUE)
     counted = {row[0]: row[2] for row in benches(OPT).catalogue().rows()}
     assert counted["start_configured"] == "0"
     assert counted["image_resample"] == "3"
@@ -357,7 +364,29 @@ def test_the_catalogue_is_listed_as_a_table(benches: Benches):
 def test_pairs_do_not_touch_one_another(benches: Benches):
     bench = benches(OPT)
     names = ("qkv_swapped", "eps", "residual", "image_mean")
-    singles = [case for name in names for case in bench.cases(break_it.CATALOGUE[name])]
+    singles = [case for name in names for case in bench.cases(CATALOGUE[name])]
     for case in pairs(singles, 20, "seed"):
         one, other = case.faults
         assert not set(one.stages) & set(other.stages)
+
+
+# -- apart from the rest
+
+
+def imports_the_catalogue(tree: ast.AST) -> bool:
+    nodes = list(ast.walk(tree))
+    named = [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+    named += [f"{node.module}.{name.name}" for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names]
+    return any(f"{one}.".startswith("blip2nb.catalogue.") for one in named)
+
+
+def test_the_package_imports_it_only_where_a_fault_is_asked_for():
+    """In the verbs that ask for one, when they are called; besides, type checkers may read what these return."""
+    package = Path(blip2nb.__file__).parent
+    importing = set()
+    for path in package.rglob("*.py"):
+        if not path.is_relative_to(package / "catalogue"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            where = [node for node in tree.body if imports_the_catalogue(node)]
+            importing |= {(path.name, getattr(node, "name", ast.unparse(node).splitlines()[0])) for node in where}
+    assert importing == {("api.py", "if TYPE_CHECKING:"), ("api.py", "break_it"), ("api.py", "faults")}

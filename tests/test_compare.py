@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from blip2nb import trace
+from blip2nb.proof.rows import of_comparison
 from blip2nb.trace.diagnosis.known import attribute_differences
 from blip2nb.trace.diagnosis.repairs import repaired
 from blip2nb.trace.metrics import ARRIVAL_TOLERANCE, THRESHOLD, compare_logits, distance
@@ -268,7 +269,7 @@ def test_a_comparison_of_ones_own_models_is_shown_and_drawn(toys):
     candidate.norm.eps = 1e-3
     found = trace.compare(reference, candidate, _TOY_STAGES, torch.tensor([[1, 2, 3]]))
     assert found._repr_html_().count("<b>wrong</b>") == len(found.faults) == 1
-    picture = plots.FIGURES["depth_trace"](found.report(), {})
+    picture = plots.FIGURES["depth_trace"](of_comparison(found), {})
     assert "First wrong at norm" in picture.get_suptitle()
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from records import raw
 
 from blip2nb import trace
+from blip2nb.proof.rows import of_comparison
 from blip2nb.trace import arrivals, computing
 from blip2nb.trace.causes import CAUSES
 from blip2nb.trace.metrics import THRESHOLD
@@ -325,7 +326,7 @@ def test_two_faults_are_both_found_and_each_alone(models):
     said = [(one.stage, one.causes[0].id) for one in found.findings]
     assert said == [("block.0", "bias_shifted"), ("block.2", "head_count")]
     assert all(one.causes[0].proven for one in found.findings)
-    report = raw(found.report())["faults"][0]
+    report = raw(of_comparison(found))["faults"][0]
     assert report["causes"][0]["counter_test"]["passed"]
     assert [place["module"] for place in report["inside"] if place["faulty"]] == ["0.fc1"]
 

@@ -14,7 +14,7 @@ from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.stages import stages
 from blip2nb.handles import Run
 from blip2nb.lavis_env.reference import SHIPPED_TAPES
-from blip2nb.proof.verify import tape_images
+from blip2nb.proof.behaviour import tape_images
 from blip2nb.trace.comparison import compare
 from blip2nb.trace.metrics import THRESHOLD
 from blip2nb.trace.results import Comparison
@@ -62,8 +62,10 @@ def test_and_a_wrong_one_does(converted: Callable[[str], Run]) -> None:
 
 @pytest.mark.lavis
 def test_other_weights_and_inputs_raise_none_with_lavis_live(tmp_path: Path, lavis_begins_warm: None) -> None:
+    from benchmarks.alarm_blocks import BLOCK_INPUTS, BlockJob, shape
+    from benchmarks.alarm_lavis import lavis_side
     from benchmarks.alarm_rates import alarms, judged, page
-    from benchmarks.false_alarms import BLOCK_INPUTS, BlockJob, TwinJob, lavis_side, shape
+    from benchmarks.alarm_twins import TwinJob
 
     single = {"dtypes": ("float32",)}
     jobs = [
@@ -103,7 +105,7 @@ def test_what_exceeds_the_threshold_is_an_alarm_and_so_is_nan() -> None:
 
 
 def test_an_error_is_carried_by_as_many_values_as_are_large() -> None:
-    from benchmarks.false_alarms import carrying
+    from benchmarks.alarm_rows import carrying
 
     error = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).double()
     assert carrying(error) == pytest.approx(20_000, rel=0.1)

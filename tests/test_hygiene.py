@@ -234,3 +234,27 @@ def test_errors_name_parameters_and_not_options_of_the_command_line(path):
     ]
     words = [one.value for call in calls for one in ast.walk(call) if isinstance(one, ast.Constant)]
     assert not [word for word in words if re.search(r"--[a-z]", str(word)) and "blip2nb convert" not in str(word)]
+
+
+HOUSE = ("blip2nb", "benchmarks", "record_lavis")  # the last is what the recorder is called where it travels
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *sorted((ROOT / "benchmarks").glob("*.py"))], ids=lambda path: path.stem)
+def test_no_module_uses_what_another_calls_private(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom) and _of_the_house(node)]
+    names = [alias for node in imports for alias in node.names]
+    taken = [alias.name for alias in names if _private(alias.name)]
+    known = {alias.asname or alias.name for alias in names}
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    taken += [ast.unparse(node) for node in attributes if _private(node.attr) and ast.unparse(node.value) in known]
+    assert taken == []
+
+
+def _of_the_house(node):
+    names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+    return any(name.partition(".")[0] in HOUSE for name in names)
+
+
+def _private(name):
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))

@@ -24,7 +24,8 @@ from blip2nb.families.captioners.stages import stages
 from blip2nb.handles import Run
 from blip2nb.lavis_env import reference
 from blip2nb.proof import takes
-from blip2nb.proof.verify import tape_images
+from blip2nb.proof.behaviour import tape_images
+from blip2nb.report import schema
 from blip2nb.report.manifest import Manifest
 from blip2nb.trace.comparison import compare
 from blip2nb.trace.metrics import distance
@@ -228,13 +229,13 @@ def test_a_shipped_recording_is_a_tape_of_one_take():
 
 def test_the_worst_of_all_is_found_and_whose_it_is():
     names = ["a", "b", "c", "d"]
-    assert takes.spread([1.0, 4.0, 2.0, 3.0], names) == {"median": 2.5, "worst": 4.0, "take": 1, "image": "b"}
-    assert takes.spread([1.0, 0.5, 1.0], names, least=True) == {"median": 1.0, "worst": 0.5, "take": 1, "image": "b"}
-    assert takes.spread([None, 2.0, None, 1.0], names) == {"median": 1.5, "worst": 2.0, "take": 1, "image": "b"}
+    assert takes.spread([1.0, 4.0, 2.0, 3.0], names) == schema.Spread(2.5, 4.0, 1, "b")
+    assert takes.spread([1.0, 0.5, 1.0], names, least=True) == schema.Spread(1.0, 0.5, 1, "b")
+    assert takes.spread([None, 2.0, None, 1.0], names) == schema.Spread(1.5, 2.0, 1, "b")
     assert takes.spread([None, None], names) is None
     lost = takes.spread([1.0, math.inf, math.nan, 2.0], names)
-    assert math.isnan(takes.spread([1.0, math.nan, 2.0, 3.0], names)["worst"])
-    assert (lost["worst"], lost["image"]) in ((math.inf, "b"), (math.nan, "c"))
+    assert math.isnan(takes.spread([1.0, math.nan, 2.0, 3.0], names).worst)
+    assert (lost.worst, lost.image) in ((math.inf, "b"), (math.nan, "c"))
 
 
 LADDER = [[5, -0.1, 6, -3.0], [7, -0.69310, 8, -0.69320], [9, -0.2, 5, -2.0]]
@@ -379,9 +380,9 @@ def test_a_fault_that_only_some_images_show_is_found_on_them(of_opt, converted):
     shipped = compare(tape, loaded.model, table, inputs)
     assert not shipped.faults
     measured = takes.measure(loaded, model, tape, table, [], (shipped, None), lambda word: None)
-    nothing = {"equal": [True] * tape.takes, "ties": [False] * tape.takes}
-    told = [{"image": take["image"], "text": ""} for take in tape.metadata["takes"]]
-    found = takes.aggregate(told, measured, {"greedy": nothing})
+    nothing = schema.Decoding((True,) * tape.takes, (False,) * tape.takes, (), ())
+    told = [takes.Told(take["image"], "", "", (1, 1), "RGB") for take in tape.metadata["takes"]]
+    found = raw(takes.aggregate(told, measured, {"greedy": nothing}))
     assert found["left"] == ["vision.block.01"]
     shows = found["stages"]["vision.block.01"]["left"]
     assert 0 < shows < tape.takes

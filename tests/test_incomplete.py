@@ -13,22 +13,27 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import overviews as overview
 import pytest
 import torch
 from conftest import Outcome
 from made_up import report as made_up_report
-from records import raw
+from records import content, raw, record
 from test_page import Read
 
 from blip2nb import api, trace
-from blip2nb.catalogue import break_it
-from blip2nb.display import overview, page, plots
+from blip2nb.api import verifying
+from blip2nb.catalogue import bench as catalogue_bench
+from blip2nb.catalogue.cases import Broken
+from blip2nb.display import page, plots
 from blip2nb.errors import OutOfMemory, RequestError, memory_ran_out
 from blip2nb.families.captioners import huggingface, inputs
 from blip2nb.handles import Report, Run
-from blip2nb.proof import knowledge
-from blip2nb.proof.verify import _not_judged, _parameters_of
+from blip2nb.proof.subject import Subject
+from blip2nb.proof.verdict import not_judged
+from blip2nb.proof.weights import expected_parameters
 from blip2nb.report.store import FORMAT
+from blip2nb.report.sweep import Index
 from blip2nb.sweeps.sweep import Sweep
 from blip2nb.trace import computing
 from blip2nb.trace.diagnosis import settings
@@ -236,14 +241,14 @@ def test_no_place_that_keeps_going_after_an_error_keeps_going_without_memory(
             api.verify(run, output=tmp_path / "out", figures=False)
     assert not (tmp_path / "out" / "report.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(break_it.verify, "findings", fails)
-        bench = object.__new__(break_it.Bench)
-        bench.folder = bench.tape = bench.source = None  # type: ignore[assignment]
+        patch.setattr(catalogue_bench.verify, "findings", fails)
+        bench = object.__new__(catalogue_bench.Bench)
+        bench.tape = bench.source = None  # type: ignore[assignment]
         with pytest.raises(RuntimeError, match="allocate"):
-            bench._findings(break_it.Broken(None, None, run.model))  # type: ignore[arg-type]
+            bench.findings(Broken(None, None, run.model))  # type: ignore[arg-type]
     with monkeypatch.context() as patch:
         calls: list[object] = []
-        patch.setattr(break_it, "compare", lambda *_, **__: calls.append(1) or fails())
+        patch.setattr(catalogue_bench, "compare", lambda *_, **__: calls.append(1) or fails())
         bench.known, bench.stages = [], []  # type: ignore[assignment]
         with pytest.raises(RuntimeError, match="allocate"):
             bench.measure(huggingface.Loaded(torch.nn.Linear(1, 1), None), {})  # type: ignore[arg-type]
@@ -252,7 +257,7 @@ def test_no_place_that_keeps_going_after_an_error_keeps_going_without_memory(
         with monkeypatch.context() as patch:
             patch.setattr(f"transformers.{place}", fails)
             with pytest.raises(RuntimeError, match="allocate"):
-                _parameters_of(run.model)
+                expected_parameters(run.model)
 
 
 def test_a_source_that_does_not_fit_into_memory_is_neither_gone_nor_damaged(monkeypatch: pytest.MonkeyPatch):
@@ -260,7 +265,7 @@ def test_a_source_that_does_not_fit_into_memory_is_neither_gone_nor_damaged(monk
         raise RequestError("damaged") from RuntimeError(NO_MEMORY)
 
     monkeypatch.setattr(sources, "open_folder", fails)
-    for look in (lambda: sources.holds_weights(Path()), lambda: knowledge.at_hand(fails)):
+    for look in (lambda: sources.holds_weights(Path()), lambda: Subject(Path(), open_source=fails).source):
         with pytest.raises(RequestError, match="damaged"):
             look()
 
@@ -320,7 +325,7 @@ def test_the_verdict_is_incomplete_with_what_is_missing_and_the_command(unjudged
     assert (report.verdict, report.status(), report.status("weights")) == ("incomplete", 4, 0)
     (missing,) = report.incomplete
     assert (missing.id, missing.proof) == ("stages", "behaviour")
-    assert f"1 of {len(report['stages'])} stages" in missing.words
+    assert f"1 of {len(report.content.stages)} stages" in missing.words
     assert f"{STAGE} (RuntimeError: this layer has no float64)" in missing.words
     assert missing.words in raw(report)["summary"]
     assert raw(report)["complete_with"].startswith(f"blip2nb verify {run.model} --proof both")
@@ -333,7 +338,7 @@ def test_what_was_not_judged_is_shown_as_that(unjudged: tuple[Run, Report]):
     run, report = unjudged
     shown = api.show(run)
     assert "What is missing" in shown
-    assert f"1 of {len(report['stages'])}: {STAGE}" in shown
+    assert f"1 of {len(report.content.stages)}: {STAGE}" in shown
     assert "this layer has no float64" in report._repr_html_()
     rows = {row["name"]: row for row in page._stages(run.report.content)}
     assert rows[STAGE]["finding"] == "NOT JUDGED: its float64 run failed (RuntimeError: this layer has no float64)"
@@ -345,12 +350,12 @@ def test_what_was_not_judged_is_shown_as_that(unjudged: tuple[Run, Report]):
 
 
 def test_captions_that_differ_while_a_stage_is_not_judged_are_no_fault_yet():
-    content = made_up_report(faults={"vision.block.04": 40.0})
-    content["stages"][3] |= {"refereed": False, "referee_error": "memory ran out", "excess": None}
-    content["captions"]["equal_when_fixed"] = False
-    assert [one.id for one in _not_judged(content | {"images": None})] == ["stages", "captions"]
-    content["stages"][3] |= {"excess": 1.0}
-    assert not _not_judged(content | {"images": None})
+    value = made_up_report(faults={"vision.block.04": 40.0})
+    value["stages"][3] |= {"refereed": False, "referee_error": "memory ran out", "excess": None}
+    value["captions"]["equal_when_fixed"] = False
+    assert [one.id for one in not_judged(content(value | {"images": None}))] == ["stages", "captions"]
+    value["stages"][3] |= {"excess": 1.0}
+    assert not not_judged(content(value | {"images": None}))
 
 
 # -- what else is missing
@@ -380,7 +385,7 @@ def test_a_report_of_another_format_is_refused_in_one_sentence_and_made_again(
     ended = command("show", run.folder)
     assert (ended.status, ended.out) == (2, "")
     assert f"has format 1; this version of blip2nb reads format {FORMAT}. Run `blip2nb verify` again." in ended.err
-    api._forget_another_models(run)
+    verifying._forget_another_models(run)
     assert not path.exists()
 
 
@@ -389,10 +394,10 @@ def test_an_earlier_report_stays_only_while_it_is_of_the_model_as_it_stands(
 ):
     folder = Path(shutil.copytree(unjudged[0].folder, tmp_path / "run"))
     model = Path(shutil.copytree(unjudged[0].model, tmp_path / "model", copy_function=shutil.copy2))
-    api._forget_another_models(Run(folder, model))
+    verifying._forget_another_models(Run(folder, model))
     assert (folder / "report.json").is_file()
     (model / "generation_config.json").write_text("{}")
-    api._forget_another_models(Run(folder, model))
+    verifying._forget_another_models(Run(folder, model))
     assert not (folder / "report.json").exists()
 
 
@@ -409,12 +414,12 @@ def test_a_sweep_ends_with_4_for_what_is_incomplete_unless_that_was_asked(unjudg
     asked, lacks, bad = entry("asked", "weights"), entry("lacks", "auto"), entry("bad", "auto", "diverges")
     lost = overview.summarise({**asked, "state": "failed", "verdict": "", "parameters": {}, "folder": ""})
     found = {
-        status: Sweep("out", overview.index(runs))
+        status: Sweep("out", record(Index, overview.index(runs)))
         for status, runs in ((0, [asked]), (4, [asked, lacks]), (1, [lacks, bad]), (3, [lacks, bad, lost]))
     }
     assert {status: one.status for status, one in found.items()} == {0: 0, 4: 4, 1: 1, 3: 3}
-    assert [found[status].index["state"] for status in (0, 4, 1, 3)] == ["good", "incomplete", "diverges", "failed"]
-    assert "1 is not proven in full" in found[4].index["sentence"]
+    assert [found[status].index.state for status in (0, 4, 1, 3)] == ["good", "incomplete", "diverges", "failed"]
+    assert "1 is not proven in full" in found[4].index.sentence
     suite = ElementTree.fromstring(overview.junit(found[4].index))
     skipped = {case.get("name"): case.find("skipped") for case in suite.iter("testcase")}
     assert skipped["asked"] is None

@@ -23,6 +23,8 @@ from blip2nb.display.figures.style import Picture
 from blip2nb.handles import Run
 from blip2nb.lavis_env.reference import SHIPPED_TAPES
 from blip2nb.proof import verify
+from blip2nb.proof.captions import MODES
+from blip2nb.proof.subject import Subject
 from blip2nb.trace.tape import Tape
 
 TWIN = "tiny-blip2-opt-2.7b"
@@ -48,10 +50,10 @@ def test_a_verification_takes_three_forward_passes(converted: Callable[[str], Ru
     """As shipped, with the known difference put right, and fed LAVIS's values. Captions go past the whole model."""
     tape = Tape(SHIPPED_TAPES / f"{TWIN}.safetensors")
     with counted_calls("Blip2ForConditionalGeneration") as passes, counted_calls("Blip2VisionModel") as towers:
-        report = verify.verify(converted(TWIN).model, tape)
+        report = verify.verify(Subject(converted(TWIN).model, tape))
     assert raw(report)["causes"] == ["post_layernorm_eps"]
     assert len(passes) == 3
-    assert len(towers) == 3 + len(verify.CAPTION_MODES)
+    assert len(towers) == 3 + len(MODES)
 
 
 @pytest.fixture

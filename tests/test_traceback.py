@@ -2,9 +2,10 @@
 
 import logging
 
-from blip2nb import cli
-from blip2nb.catalogue.break_it import Bench, Broken
-from blip2nb.proof import verify
+from blip2nb import forms
+from blip2nb.catalogue import bench
+from blip2nb.catalogue.bench import Bench
+from blip2nb.catalogue.cases import Broken
 from blip2nb.weights import download
 
 
@@ -26,16 +27,16 @@ def test_a_server_that_does_not_answer_gives_no_size_and_a_traceback(caplog, mon
 
 def test_a_diagnosis_that_stops_is_no_answer_and_a_traceback(caplog, monkeypatch, tmp_path):
     caplog.set_level(logging.DEBUG, "blip2nb")
-    monkeypatch.setattr(verify, "findings", fails)
-    bench = object.__new__(Bench)
-    vars(bench).update(tape=None, source=lambda: None)
-    assert bench._findings(Broken(tmp_path, None, {})) == ((), "OSError: the cause")
+    monkeypatch.setattr(bench, "findings", fails)
+    broken = object.__new__(Bench)
+    vars(broken).update(tape=None, source=lambda: None)
+    assert broken.findings(Broken(tmp_path, None, {})) == ((), "OSError: the cause")
     assert logged(caplog)
 
 
 def test_an_unexpected_error_says_how_to_see_more(command, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG, "blip2nb")
-    monkeypatch.setattr(cli.json, "dumps", fails)
+    monkeypatch.setattr(forms, "dumps", fails)
     ended = command("variants", "--json")
     assert ended.status == 3
     assert "unexpected OSError: the cause. Please report this" in ended.err

@@ -23,7 +23,8 @@ from blip2nb.families.captioners import mapping
 from blip2nb.families.captioners.mapping import entries, rules
 from blip2nb.handles import Run
 from blip2nb.lavis_env import reference
-from blip2nb.proof.verify import prove_weights
+from blip2nb.proof.subject import Subject
+from blip2nb.proof.weights import prove_weights
 from blip2nb.report.manifest import Manifest
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import TWINS, variant
@@ -39,8 +40,7 @@ def recording(name: str) -> Tape:
 
 
 def proof(run: Run) -> dict[str, Any]:
-    manifest = Manifest.read(run.model)
-    return prove_weights(run.model, manifest, variant(manifest.model), recording(manifest.model))
+    return raw(prove_weights(Subject(run.model, recording(Manifest.read(run.model).model))))
 
 
 def verify(run: Run, how: str) -> Any:
@@ -295,7 +295,7 @@ def test_a_cast_model_is_compared_in_what_it_was_cast_to(tmp_path: Path, dtype: 
     )
     broken = api.verify(run, figures=False)
     assert broken.verdict == "diverges"
-    assert broken["first_divergence"]["module"] == "vision_model.encoder.layers.2.mlp.fc1"
+    assert broken.content.first_divergence.module == "vision_model.encoder.layers.2.mlp.fc1"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

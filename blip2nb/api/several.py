@@ -12,7 +12,7 @@ from blip2nb.handles import Run
 from blip2nb.report.manifest import Manifest
 
 if TYPE_CHECKING:
-    from blip2nb.catalogue.break_it import Answer, Listing
+    from blip2nb.catalogue.answers import Answer, Listing
     from blip2nb.sweeps.sweep import Sweep
 
 
@@ -86,7 +86,7 @@ def break_it(target: str | Path | Run, fault: str, where: str = "", seed: int = 
     Raises:
         RequestError: there is no such run, mistake or place, or no recording of LAVIS that fits the run.
     """
-    from blip2nb.catalogue.break_it import Bench
+    from blip2nb.catalogue.bench import Bench
     from blip2nb.lavis_env import reference
 
     run = run_of(target)
@@ -101,6 +101,7 @@ def break_it(target: str | Path | Run, fault: str, where: str = "", seed: int = 
 
 def faults() -> Listing:
     """The mistakes that `break_it` makes, as a table: name, kind, what is done wrong, and its likely cause."""
-    from blip2nb.catalogue.break_it import Listing
+    from blip2nb.catalogue.answers import Listing
+    from blip2nb.catalogue.captioners import CATALOGUE
 
-    return Listing()
+    return Listing(CATALOGUE)

@@ -19,9 +19,7 @@ from collections.abc import Callable, Sequence
 
 from blip2nb.catalogue import in_code as code
 from blip2nb.catalogue import in_files as files
-from blip2nb.catalogue.planting import Fault, Target, first_middle_last, same_bits
-
-__all__ = ["CATALOGUE", "Fault", "Target", "catalogue", "first_middle_last", "same_bits"]
+from blip2nb.catalogue.planting import Fault
 
 
 def _files(name: str, words: str, cause: str, where: Callable, how: Callable, *also: str) -> Fault:

@@ -56,9 +56,9 @@ class Fault:
         kind: files, code, configuration, or inputs.
         cause: what a right answer calls it.
         also: other answers that are as right, since they say the same of the numbers.
-        where: model -> the places where it may fit.
+        where: model -> the places where it may fit. Of inputs, a `blip2nb.catalogue.right.RightModel` ->.
         how: what it does there. Files: (tensors by name, target, generator), changing the tensors; code: (model,
-            target), a context manager. For the other kinds see `blip2nb.catalogue.break_it`.
+            target), a context manager. For the other kinds see `in_settings` and `in_inputs`.
     """
 
     name: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from blip2nb.families.captioners.stages import KnownDifference
@@ -110,20 +112,19 @@ def agreement(found: torch.Tensor, expected: torch.Tensor) -> schema.Agreement:
 def of_comparison(found: Comparison, summary: str = "") -> schema.Content:
     """A comparison of any two models, for the figures over depth: `plots.FIGURES["depth_trace"](of_comparison(found),
     {})`."""
-    faults = tuple(map(fault, found.findings))
     first = found.first_divergence
     return schema.Content(
         threshold=found.threshold,
         stages=tuple(map(stage, found.stages)),
-        faults=faults,
-        first_divergence=None if first is None else _first(first, faults),
+        faults=tuple(map(fault, found.findings)),
+        first_divergence=None if first is None else _first(first, found.findings),
         summary=summary,
     )
 
 
-def _first(result: StageResult, faults: tuple[schema.Fault, ...]) -> schema.FirstDivergence:
-    at = next((one for one in faults if one.stage == result.name), None)
-    cause = at.causes[0].words if at is not None and at.causes else ""
+def _first(result: StageResult, findings: Sequence[Finding]) -> schema.FirstDivergence:
+    at = next((one for one in findings if one.stage == result.name), None)
+    cause = str(at.causes[0]) if at is not None and at.causes else ""
     module, part = (at.module, at.part) if at is not None else (result.module, "")
     errors = (result.arrival_error, result.local_error, result.excess)
     return schema.FirstDivergence(result.name, module, part, *errors, cause)

@@ -283,21 +283,18 @@ def summary(
         captions: the report's own.
     """
     told = [_told(take) for take in tape.metadata["takes"]]
-    each = [_each(*one, captions.modes, number) for number, one in enumerate(zip(told, takes, strict=True))]
-    number = max(range(len(takes)), key=lambda number: _rank(each[number]))
+    skipped = tuple(schema.Skipped(**one) for one in tape.metadata["skipped"])
+    content = dataclasses.replace(aggregate(told, takes, captions.modes), skipped=skipped)
+    number = content.worst.take
     recorded = tape.take(number)
     tokens = evidence.sequences(loaded, variant, recorded, _inputs(loaded, variant, tape, number))
-    worst = schema.Worst(
-        take=number,
-        image=each[number].image,
-        text=each[number].text,
-        why=_why(each[number]),
+    worst = dataclasses.replace(
+        content.worst,
         lavis=captions.lavis["greedy"][number],
         transformers=captions.huggingface["greedy"][number],
         tokens=list(tokens.values())[-1],
     )
-    skipped = tuple(schema.Skipped(**one) for one in tape.metadata["skipped"])
-    content = aggregate(each, takes, captions.modes, worst, skipped)
+    content = dataclasses.replace(content, worst=worst)
     return content, _arrays(takes) | {"images/worst": _visible(recorded["pixel_values"])}
 
 
@@ -317,25 +314,21 @@ def _told(take: Mapping[str, Any]) -> Told:
     return Told(name, take["texts"]["text_input"][0], take["prompt"], tuple(take["size"]), take["mode"])
 
 
-def aggregate(
-    each: Sequence[schema.Take],
-    takes: Sequence[Take],
-    modes: Mapping[str, schema.Decoding],
-    worst: schema.Worst,
-    skipped: tuple[schema.Skipped, ...] = (),
-) -> schema.Images:
+def aggregate(told: Sequence[Told], takes: Sequence[Take], modes: Mapping[str, schema.Decoding]) -> schema.Images:
     """What is said of all takes: for each stage and each measure of the logits the median, the worst and whose it is.
 
     Args:
-        each: what was found on each, for the report.
+        told: what each take is of.
     """
+    each = [_each(*one, modes, number) for number, one in enumerate(zip(told, takes, strict=True))]
     names = [one.image for one in each]
+    worst = max(range(len(takes)), key=lambda number: _rank(each[number]))
 
     def logits(what: str) -> schema.Spread | None:
         return spread([take.shipped.logits[what] for take in takes], names, least=what == "top1_agreement")
 
     return schema.Images(
-        skipped=skipped,
+        skipped=(),
         count=len(set(names)),
         names=tuple(dict.fromkeys(names)),
         texts=tuple(dict.fromkeys(one.text for one in each)),
@@ -348,7 +341,7 @@ def aggregate(
         explained=tuple(name for name in _in_order(takes) if not any(name in take.left for take in takes)),
         left=tuple(name for name in _in_order(takes) if any(name in take.left for take in takes)),
         problem=_problem(each),
-        worst=worst,
+        worst=schema.Worst(worst, names[worst], each[worst].text, _why(each[worst]), "", "", ()),
     )
 
 

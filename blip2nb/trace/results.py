@@ -6,7 +6,6 @@ import dataclasses
 import html
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -95,21 +94,6 @@ class Comparison:
 
     def __getitem__(self, name: str) -> StageResult:
         return next(stage for stage in self.stages if stage.name == name)
-
-    def report(self) -> dict[str, Any]:
-        """What the figures over depth draw: `plots.FIGURES["depth_trace"](found.report(), {})`."""
-        first = self.first_divergence
-        return {
-            "threshold": self.threshold,
-            "stages": [dataclasses.asdict(stage) for stage in self.stages],
-            "first_divergence": None if first is None else self._first(first),
-            "faults": [finding.report() for finding in self.findings],
-        }
-
-    def _first(self, stage: StageResult) -> dict[str, Any]:
-        found = next((one for one in self.findings if one.stage == stage.name), None)
-        cause = {} if found is None else {"module": found.module, "part": found.part, "cause": str(found.causes[0])}
-        return {**dataclasses.asdict(stage), "stage": stage.name, **cause}
 
     def _repr_html_(self) -> str:
         words = ("stage", "arrival error", "error alone", "÷ its own rounding", "drift", "")

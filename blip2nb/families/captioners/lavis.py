@@ -120,8 +120,8 @@ def run(model, digests, request, progress=None):
 
 def _pixels(request):
     """What LAVIS's processor makes of each of the request's images: a list of (3, height, width)."""
-    processor = _eval_processor(request)
-    pixels = [processor(_open_image(path)) for path in request["images"]]
+    processor = eval_processor(request)
+    pixels = [processor(open_image(path)) for path in request["images"]]
     if pixels[0].shape[-1] != request["image_size"]:
         raise ValueError("LAVIS's processor made {} pixels, not {}".format(pixels[0].shape[-1], request["image_size"]))
     return pixels
@@ -201,7 +201,7 @@ def enter(model, request, path):
     Returns:
         The module, and the arguments it is called with by name.
     """
-    pixels = _eval_processor(request)(_open_image(request["images"][0]))[None]
+    pixels = eval_processor(request)(open_image(request["images"][0]))[None]
     module = model.get_submodule(path)
     with torch.no_grad(), _plain_float32(model), first_call(module) as given:
         model(dict(request["texts"], image=pixels))
@@ -237,7 +237,7 @@ def build(request):
                 prompt=request["prompt"],
                 **{"{}_model".format(request["language"]["kind"]): request["files"]["language"]},
             )
-    stored = _fill(model, request)
+    stored = fill(model, request)
     language = getattr(model, request["language_prefix"])
     language.tie_weights()
     model = model.float().eval()
@@ -429,7 +429,7 @@ def _inside(folder):
         os.chdir(before)
 
 
-def _fill(model, request):
+def fill(model, request):
     """Lay vision file, language model and checkpoints over each other, as float32. Returns name -> digest as stored."""
     stored = {}
     files = request["files"]
@@ -532,7 +532,7 @@ def _read(path):
         yield name[len("module.") :] if distributed else name, value.tensor()
 
 
-def _eval_processor(request):
+def eval_processor(request):
     """LAVIS's own image processing for evaluation, from the model type's configuration."""
     from lavis.common.registry import registry
     from lavis.models import load_preprocess
@@ -544,7 +544,7 @@ def _eval_processor(request):
     return load_preprocess(config)[0]["eval"]
 
 
-def _open_image(path):
+def open_image(path):
     from PIL import Image
 
     return Image.open(path).convert("RGB")

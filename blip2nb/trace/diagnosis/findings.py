@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from blip2nb.trace.causes import Cause
 from blip2nb.trace.inside import Look
@@ -34,14 +33,6 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.part} {self.module}" + (f": {self.causes[0]}" if self.causes else "")
-
-    def report(self) -> dict[str, Any]:
-        """The same as plain values."""
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        plain["causes"] = [dataclasses.asdict(cause) for cause in self.causes]
-        keep = ("module", "part", "at", "local_error", "rounding", "excess", "faulty")
-        plain["inside"] = [{name: getattr(look, name) for name in keep} for look in plain.pop("looks")]
-        return plain
 
 
 def ranked(causes: Sequence[Cause]) -> list[Cause]:
