@@ -122,7 +122,7 @@ clean:  ## remove the environments, the book and everything in outputs/
 
 # lavis.ipynb is run once its kernel is there, and again when the kernel is made; until then it is shown as it is.
 $(BOOK)/source/notebooks/lavis.ipynb: $(wildcard .venv/share/jupyter/kernels/lavis/kernel.json)
-$(BOOK)/source/notebooks/%.ipynb: notebooks/%.ipynb $(wildcard blip2nb/*.py blip2nb/*/*.py) | .venv/dev.done
+$(BOOK)/source/notebooks/%.ipynb: notebooks/%.ipynb $(wildcard blip2nb/*.py blip2nb/*/*.py blip2nb/*/*/*.py) | .venv/dev.done
 	@mkdir -p $(@D)
 	@if [ $* = lavis ] && ! $(BIN)/jupyter kernelspec list 2>/dev/null | grep -q '^ *lavis '; then cp $< $@; else \
 		echo "  running   $<"; \

@@ -18,7 +18,17 @@ from sphinx.config import Config
 from sphinx.writers.html5 import HTML5Translator
 
 ROOT = Path(__file__).parent.parent
-BESIDE = ("[A-Z]*", "*.yml", "docs/*.png", "benchmarks/results/*", "outputs/README.md", "blip2nb/**/*.py", "tests/*.py")
+BESIDE = (
+    "[A-Z]*",
+    "*.yml",
+    "docs/*.png",
+    "docs/architecture.md",
+    "docs/schemas/*",
+    "benchmarks/results/*",
+    "outputs/README.md",
+    "blip2nb/**/*.py",
+    "tests/*.py",
+)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PNG = "image/png"
 UNEXECUTED = (
@@ -30,6 +40,7 @@ html_title = "blip2nb"
 root_doc = "index"
 include_patterns = [
     "index.md", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/results/*.md", "notebooks/*.ipynb",
+    "docs/architecture.md",
 ]  # fmt: skip
 
 extensions = ["myst_nb"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import json
 import os
@@ -371,22 +370,3 @@ def test_pairs_do_not_touch_one_another(benches: Benches):
 
 
 # -- apart from the rest
-
-
-def imports_the_catalogue(tree: ast.AST) -> bool:
-    nodes = list(ast.walk(tree))
-    named = [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
-    named += [f"{node.module}.{name.name}" for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names]
-    return any(f"{one}.".startswith("blip2nb.catalogue.") for one in named)
-
-
-def test_the_package_imports_it_only_where_a_fault_is_asked_for():
-    """In the verbs that ask for one, when they are called; besides, type checkers may read what these return."""
-    package = Path(blip2nb.__file__).parent
-    importing = set()
-    for path in package.rglob("*.py"):
-        if not path.is_relative_to(package / "catalogue"):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            where = [node for node in tree.body if imports_the_catalogue(node)]
-            importing |= {(path.name, getattr(node, "name", ast.unparse(node).splitlines()[0])) for node in where}
-    assert importing == {("api.py", "if TYPE_CHECKING:"), ("api.py", "break_it"), ("api.py", "faults")}

@@ -19,6 +19,7 @@ import pytest
 
 import blip2nb
 from blip2nb.errors import RequestError
+from blip2nb.report.sweep import Outcome
 from blip2nb.sweeps import cluster
 from blip2nb.sweeps import sweep as sweeping
 from blip2nb.sweeps.asked import expand
@@ -121,7 +122,7 @@ def sweep(probe, *rows, **how):
 
 
 def states(found):
-    return {run["run_name"]: run["state"] for run in found.runs}
+    return {run.run_name: run.state for run in found.runs}
 
 
 def test_what_is_finished_is_known_by_what_it_was_made_of(probe, tmp_path):
@@ -133,7 +134,7 @@ def test_what_is_finished_is_known_by_what_it_was_made_of(probe, tmp_path):
     assert probe.whole() == ["a", "b", "c"]
     assert not (probe.output / HIDDEN).exists()
     again = sweep(probe, *rows)
-    assert all(run["earlier"] for run in again.runs)
+    assert all(run.earlier for run in again.runs)
     os.utime(data)  # touched, not changed
     sweep(probe, *rows)
     assert sorted(probe.noted("ends")) == ["a", "b", "c"]
@@ -163,12 +164,12 @@ def test_a_run_that_fails_is_kept_and_stops_no_other(probe):
     assert found.status == 3
     assert states(found) == {"a": "finished", "b": "failed", "c": "failed", "d": "finished"}
     assert probe.whole() == ["a", "d"]
-    raised, died = (run for run in found.runs if run["state"] == "failed")
-    assert raised["error"] == "ValueError: on purpose"
-    assert "raise ValueError" in raised["traceback"]
-    assert "\x1b" not in raised["traceback"]
-    assert "kernel died" in died["error"]
-    kept = nbformat.read(probe.output / raised["folder"] / raised["executed"], 4)
+    raised, died = (run for run in found.runs if run.state == "failed")
+    assert raised.error == "ValueError: on purpose"
+    assert "raise ValueError" in raised.traceback
+    assert "\x1b" not in raised.traceback
+    assert "kernel died" in died.error
+    kept = nbformat.read(probe.output / raised.folder / raised.executed, 4)
     assert any(one.get("ename") == "ValueError" for cell in kept.cells for one in cell.get("outputs", []))
     for name in ("index.html", "summary.md", "junit.xml"):
         assert "on purpose" in (probe.output / name).read_text()
@@ -181,7 +182,7 @@ def test_a_run_that_fails_is_kept_and_stops_no_other(probe):
 def test_a_run_that_hangs_is_ended_and_so_are_its_processes(probe):
     found = sweep(probe, {"label": "a", "seconds": 600}, "b", timeout="8s")
     assert states(found) == {"a": "failed", "b": "finished"}
-    assert "Not finished after 8 s" in found.runs[0]["error"]
+    assert "Not finished after 8 s" in found.runs[0].error
     assert not alive(probe.pids())
 
 
@@ -194,7 +195,7 @@ if broken:
     weights["query_tokens"] = weights["query_tokens"].flip(1).contiguous()
     save_file(weights, run.model / "model.safetensors", metadata={"format": "pt"})
 report = blip2nb.verify(run, figures=False, proof=proof)
-assert report.verdict in ("match", "explained", "incomplete"), raw(report)["summary"]
+assert report.verdict in ("match", "explained", "incomplete"), report.content.summary
 """
 
 
@@ -221,14 +222,14 @@ def verdicts(tmp_path_factory, warm_kernels):
 def test_a_model_that_diverges_is_a_finding_and_not_a_failure(verdicts):
     probe, _, found = verdicts
     assert found.status == 1
-    assert {run["run_name"]: (run["state"], run["verdict"]) for run in found.runs} == {
+    assert {run.run_name: (run.state, run.verdict) for run in found.runs} == {
         "right": ("finished", "explained"),
         "wrong": ("finished", "diverges"),
         "half": ("finished", "incomplete"),
     }
     assert {path.name for path in (probe.output / "wrong").iterdir()} >= {"report.json", "probe.ipynb", RECORD}
     again = sweep(probe, *REAL)
-    assert (again.status, [run["earlier"] for run in again.runs]) == (1, [True, True, True])
+    assert (again.status, [run.earlier for run in again.runs]) == (1, [True, True, True])
 
 
 def test_reports_are_kept_and_models_not_but_for_one_that_was_there_before(verdicts):
@@ -289,7 +290,7 @@ def test_a_sweep_that_is_killed_leaves_no_process_and_no_half_run(probe):
     assert probe.whole() == ["a"]
     found = sweep(probe, "a", "b")
     assert found.status == 0
-    assert [run["earlier"] for run in found.runs] == [True, False]
+    assert [run.earlier for run in found.runs] == [True, False]
 
 
 def test_two_sweeps_on_one_folder_the_second_is_told_so(probe):
@@ -335,7 +336,7 @@ def test_a_run_that_costs_every_worker_takes_no_other_with_it(probe):
     nbformat.write(notebook, probe.path)
     found = sweep(probe, {"label": "a", "fault": "worker"}, *"bcde", workers=2)
     assert states(found) == {"a": "failed", **dict.fromkeys("bcde", "finished")}
-    assert "Every worker that began it was lost" in found.runs[0]["error"]
+    assert "Every worker that began it was lost" in found.runs[0].error
     assert probe.whole() == ["b", "c", "d", "e"]
 
 
@@ -393,7 +394,7 @@ def test_runs_that_do_not_fit_beside_each_other_are_not_beside_each_other(probe)
     needs = dict(zip("abcd", (int(cluster.memory() * share) for share in (0.7, 0.6, 0.2, 0.2)), strict=True))
     with place(probe.output).lock(), cluster.local(4) as client:
         done = list(cluster.run(client, tasks, needs, 2, lambda event: None, 4))
-    assert {one["state"] for one in done} == {"finished"}
+    assert {one.state for one in done} == {"finished"}
     spans, shares = {}, {}
     for line in probe.ledger.read_text().splitlines():
         word, label, at, _, shares[label] = line.split()
@@ -464,7 +465,7 @@ def test_runs_can_be_left_at_an_address(ftp, probe, tmp_path):
         "a", "b--failed", "index.html", "index.json", "junit.xml", "summary.md",
     }  # fmt: skip
     again = blip2nb.sweep(probe.list("a", "b"), output=ftp)
-    assert [run["earlier"] for run in again.runs] == [True, False]
+    assert [run.earlier for run in again.runs] == [True, False]
     assert probe.whole() == ["a", "b"]
     assert not (probe.output / "b--failed").exists()
 
@@ -476,7 +477,7 @@ def test_a_run_that_was_cut_off_on_its_way_to_an_address_is_not_there(ftp, tmp_p
     (workshop / "a" / "zzz").symlink_to(tmp_path / "nowhere")
     (workshop / "a" / "yyy.txt").write_text("")
     os.chmod(workshop / "a" / "yyy.txt", 0o000)
-    record = {"folder": "a", "state": "finished"}
+    record = Outcome("a", "", "probe", {}, "0" * 64, "finished", folder="a")
     where.publish(workshop, "a", record)
     assert place(ftp).records() == {"a": record}
     where._files.rm_file(f"{where._root}/a/{RECORD}")

@@ -11,7 +11,8 @@ from records import raw
 from blip2nb.handles import Report, Run
 from blip2nb.lavis_env.reference import completion
 from blip2nb.report.manifest import Manifest
-from blip2nb.report.store import FORMAT
+from blip2nb.report.runs import Origin
+from blip2nb.report.schema import Content
 from blip2nb.sweeps.place import HIDDEN, place, relocate
 
 
@@ -31,13 +32,7 @@ def test_a_run_is_moved_with_all_that_it_says_of_its_place(tmp_path, converted, 
     workshop = place(home).begin("a run", "0" * 64)
     made, moved = run_in(workshop), run_in(home)
     manifest = Manifest.read(converted("tiny-blip2-opt-2.7b").model)
-    report = {
-        "format": FORMAT,
-        "model_name": "",
-        "summary": "",
-        "verdict": "",
-        "complete_with": completion(made, manifest, ""),
-    }
+    report = Content(complete_with=completion(made, manifest, Origin()))
     Report(report).save(made.folder)
     cell = nbformat.v4.new_code_cell("output_dir = ''", metadata={"tags": ["parameters"]})
     notebook = nbformat.v4.new_notebook(cells=[cell])
@@ -50,7 +45,7 @@ def test_a_run_is_moved_with_all_that_it_says_of_its_place(tmp_path, converted, 
     relocate(made.folder, workshop, str(home))
     assert not [path for path in made.folder.iterdir() if HIDDEN.encode() in path.read_bytes()]
     made.folder.rename(moved.folder)
-    assert raw(moved.report)["complete_with"] == completion(moved, manifest, "")
+    assert raw(moved.report)["complete_with"] == completion(moved, manifest, Origin())
     assert str(moved.model) in shlex.split(raw(moved.report)["complete_with"])
     _, injected, last = nbformat.read(moved.folder / "convert.ipynb", 4).cells
     given = {}

@@ -10,7 +10,8 @@ import pytest
 
 from blip2nb.errors import RequestError
 from blip2nb.handles import Report, Run
-from blip2nb.report.store import FORMAT
+from blip2nb.report.runs import Origin
+from blip2nb.report.schema import Content
 from blip2nb.sweeps.leftovers import note_processes
 from blip2nb.whole import write_whole
 
@@ -34,7 +35,7 @@ def killed_before_step(number, job):
 
 
 def report(number):
-    return Report({"format": FORMAT, "verdict": "match", "number": number}, {"number": np.full(3, number)})
+    return Report(Content(verdict="match", seconds=number), {"number": np.full(3, number)})
 
 
 def test_a_report_that_was_cut_off_is_never_beside_the_arrays_of_another(tmp_path):
@@ -46,11 +47,11 @@ def test_a_report_that_was_cut_off_is_never_beside_the_arrays_of_another(tmp_pat
                 Report.load(tmp_path)
             continue
         found = Report.load(tmp_path)
-        assert found.arrays["number"].tolist() == [found["number"]] * 3
+        assert found.arrays["number"].tolist() == [found.content.seconds] * 3
         if not killed:
             break
     assert number > 3
-    assert found["number"] == 2
+    assert found.content.seconds == 2
     assert {path.name for path in tmp_path.iterdir()} == {"report.json", "arrays.safetensors"}
 
 
@@ -58,7 +59,7 @@ def test_what_a_run_remembers_and_its_processes_are_new_files_and_not_written_ov
     """What is written over is empty for a moment. Another name of the old file shows that it was left as it was."""
     run = Run(tmp_path, tmp_path / "model")
     writers = {
-        "run.json": lambda: run.remember(tmp_path / "source"),
+        "run.json": lambda: run.remember(Origin.of(tmp_path / "source")),
         "processes.json": lambda: note_processes(tmp_path, [psutil.Process()]),
     }
     for name, write in writers.items():

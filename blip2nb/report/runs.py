@@ -127,6 +127,16 @@ class RunPaths:
         except (FileNotFoundError, ValueError):
             return Origin()
 
+    @property
+    def source(self) -> str:
+        """The source that was named for the conversion, as an absolute path; "" for a model's own files."""
+        return self.origin.source
+
+    @property
+    def base(self) -> str:
+        """The base that was named for it, as an absolute path; "" for none."""
+        return self.origin.base
+
     def remember(self, origin: Origin) -> None:
         """Keep the origin for the proofs to come. Beside the model, not in it: it is paths of this machine."""
         path = self.folder / "run.json"
