@@ -51,7 +51,7 @@ def broken(converted: Callable[[str], Run], tmp_path_factory: pytest.TempPathFac
     config = json.loads((run.model / "config.json").read_text())
     config["qformer_config"]["hidden_act"] = "gelu_new"
     (run.model / "config.json").write_text(json.dumps(config))
-    assert api.verify(run, lavis_python="none")["verdict"] == "diverges"
+    assert api.verify(run, lavis_python="none").verdict == "diverges"
     return run
 
 

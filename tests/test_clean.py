@@ -589,5 +589,5 @@ def test_the_stop_button_stops_a_conversion_and_the_same_cell_goes_on(tmp_path: 
     run = Run.find(tmp_path / TWIN)
     assert huggingface.load(run.model).model.language_model.config.hidden_size == 512
     written = load_file(run.model / "model.safetensors")
-    assert api.verify(run, proof="weights", figures=False)["weights"]["roundtrip"] is True
+    assert api.verify(run, proof="weights", figures=False).content.weights.roundtrip is True
     assert sum(tensor.nbytes for tensor in written.values()) > 150_000_000

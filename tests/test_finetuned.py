@@ -250,7 +250,7 @@ def test_the_report_says_of_each_tensor_which_file_it_came_from(
     tuned: dict[str, Run], checkpoints: dict[str, Path], tmp_path: Path, name: str
 ):
     """The trained ones from the trainer's file, the others from what it was laid over: told by their values."""
-    origins = api.verify(tuned[name], proof="weights", output=tmp_path, figures=False)["weights"]["origins"]
+    origins = api.verify(tuned[name], proof="weights", output=tmp_path, figures=False).content.weights.origins
     case, trained = CASES[name], open_checkpoint(checkpoints[name])[0]
     manifest = Manifest.read(tuned[name].model)
     assert set(origins) == set(manifest.parameters)

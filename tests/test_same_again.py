@@ -1,7 +1,6 @@
 """The same verification says the same in every process: nothing depends on the order in which Python keeps a set."""
 
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +35,8 @@ def test_parameters_that_hold_the_same_values_are_named_in_one_order():
         digests |= {name: digest(value.to(dtype)) for name, dtype in zip(names, dtypes, strict=True)}
         expected.append([parameter_pairs(TWIN)[name][0] for name in names])
     tape = types.SimpleNamespace(metadata={"parameters": digests})
-    found = [_Held(TWIN, tape, Path(), lambda: None).named(value) for value in values]
+    subject = types.SimpleNamespace(recording=tape, variant=TWIN)
+    found = [_Held(subject).named(value) for value in values]
     assert found == expected
 
 

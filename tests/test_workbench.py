@@ -155,7 +155,7 @@ def test_both_models_are_live_and_run_on_the_same_inputs(model, model_copy) -> N
     assert step(input=inputs).local_error == 0
     step.reference.execute("module.eps = 1e-6")
     assert step(input=inputs).fault, "a change on LAVIS's side counts as well"
-    names = [stage["name"] for stage in blip2nb.verify(run, figures=False)["stages"]]
+    names = [stage.name for stage in blip2nb.verify(run, figures=False).content.stages]
     last = [name for name in names if "block" in name][-1]
     outcome = run.step(last)()
     assert not outcome.fault, "fed the same, whatever was changed upstream"
