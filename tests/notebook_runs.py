@@ -16,7 +16,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 OWN_KERNEL = [path for path in NOTEBOOKS if path.stem != "lavis"]
 OPT, T5 = "tiny-blip2-opt-2.7b", "tiny-blip2-flan-t5-xl"
 NEAR = ROOT / "notebooks"
-PICTURES = {"convert": 9, "05_activations": 7, "01_what_is_in_a_checkpoint": 0}
+PICTURES = {"convert": 9, "05_activations": 7, "01_what_is_in_a_checkpoint": 0, "sweep": 0}
 CONVERT_NOTHING = ("10_your_own_port", "sweep")  # or keep no model of it
 STEPS = [path for path in NOTEBOOKS if path.stem not in ("convert", "lavis")]
 PAPERMILL = [str(Path(sys.executable).parent / "papermill")]

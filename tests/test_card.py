@@ -17,6 +17,7 @@ from conftest import Outcome, snapshot
 from huggingface_hub import ModelCard, metadata_load
 from markdown_it import MarkdownIt
 from PIL import Image
+from records import record
 
 from blip2nb import api
 from blip2nb.conversion.hub import CARD, FIGURE, README, is_edited, keep_card, sign, unsigned
@@ -59,7 +60,7 @@ def of(name: str, **change: Any) -> Manifest:
         "versions": {"torch": "2.15.0"},
         "files": [{"name": one.checkpoint, "size": 1_234_567, "mtime_ns": 1_699_999_999_123_456_789}],
     }  # fmt: skip
-    return Manifest(model=name, variant=dataclasses.asdict(one), **(whole | change))
+    return record(Manifest, {"model": name, "variant": dataclasses.asdict(one), **whole, **change})
 
 
 def code(text: str, language: str) -> list[str]:
@@ -84,7 +85,7 @@ def test_after_the_proof_it_says_verdict_numbers_and_remedy_and_shows_where_erro
     reports["explained"].save(run.folder)
     assert card.write(run)
     text = (run.model / README).read_text()
-    assert f"**Verified: the same model, but for a known difference.** {reports['explained']['summary']}" in text
+    assert f"**Verified: the same model, but for a known difference.** {reports['explained'].content.summary}" in text
     assert "Not verified" not in text
     for number in (run_hash := Manifest.read(run.model).weights_hash, "6 of 6 equal in every token", "bit for bit"):
         assert number in text
@@ -110,8 +111,9 @@ def test_its_lines_of_python_caption_as_the_report_says_lavis_does(
     said = io.StringIO()
     lines = python.replace("photo.jpg", str(tmp_path / "photo.png")).replace("'model'", repr(str(run.model)))
     exec(lines, {"print": lambda text: print(text, file=said)})
-    captions = reports["explained"]["captions"]
-    assert said.getvalue().strip() == captions["huggingface"]["default"][0].strip()
+    captions = reports["explained"].content.captions
+    assert captions is not None
+    assert said.getvalue().strip() == captions.huggingface["default"][0].strip()
 
 
 def test_a_proof_of_the_weights_alone_is_called_incomplete_and_takes_the_figure_away(
@@ -128,15 +130,16 @@ def test_a_proof_of_the_weights_alone_is_called_incomplete_and_takes_the_figure_
 
 def test_a_model_that_is_not_the_same_is_not_to_be_used(reports: dict[str, Report], run: Run):
     found = reports["explained"]
-    wrong = {"verdict": "diverges", "summary": "First wrong at vision.block.02."}
-    text = card.render(Manifest.read(run.model), Report({**found.content, **wrong}, found.arrays))
+    wrong = dataclasses.replace(found.content, verdict="diverges", summary="First wrong at vision.block.02.")
+    text = card.render(Manifest.read(run.model), Report(wrong, found.arrays))
     assert "**Do not use it: not the same model.** First wrong at vision.block.02." in text
     assert "Verified:" not in text
 
 
 def test_a_report_of_another_model_is_not_taken_for_this_ones(run: Run, reports: dict[str, Report]):
-    made = {**reports["explained"]["provenance"], "weights_hash": "of another"}
-    Report({**reports["explained"].content, "provenance": made}).save(run.folder)
+    found = reports["explained"].content
+    made = dataclasses.replace(found.provenance, weights_hash="of another")
+    Report(dataclasses.replace(found, provenance=made)).save(run.folder)
     assert card.write(run)
     assert "**Not verified yet.**" in (run.model / README).read_text()
 

@@ -300,11 +300,10 @@ def command_lines() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def proven_once(converted: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def proven_once(converted: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory) -> Report:
     folder = tmp_path_factory.mktemp("proof")
     model = Path(shutil.copytree(converted(OPT).model, folder / "model"))
-    report = api.verify(Run(folder, model), figures=False)
-    return {"content": dict(report.content), "arrays": dict(report.arrays)}
+    return api.verify(Run(folder, model), figures=False)
 
 
 @pytest.fixture
@@ -318,8 +317,8 @@ def run(model_copy: Callable[[str], Run]) -> Run:
 
 
 @pytest.fixture
-def verified(run: Run, proven_once: dict[str, Any]) -> Run:
-    Report(**proven_once).save(run.folder)
+def verified(run: Run, proven_once: Report) -> Run:
+    proven_once.save(run.folder)
     assert card.write(run)
     return run
 
@@ -349,11 +348,11 @@ def test_the_card_on_the_hub_loads_the_model_from_there_and_is_the_kits_own(logg
 
 
 def test_a_push_after_the_proof_changes_card_and_figure_alone(
-    logged_in: Hub, run: Run, proven_once: dict[str, Any], caplog: pytest.LogCaptureFixture
+    logged_in: Hub, run: Run, proven_once: Report, caplog: pytest.LogCaptureFixture
 ):
     pushing.push(run, REPOSITORY)
     assert b"Not verified yet" in logged_in.repositories[REPOSITORY][README]
-    Report(**proven_once).save(run.folder)
+    proven_once.save(run.folder)
     assert card.write(run)
     logged_in.asked.clear()
     pushing.push(run, REPOSITORY)

@@ -241,7 +241,7 @@ def test_no_place_that_keeps_going_after_an_error_keeps_going_without_memory(
             api.verify(run, output=tmp_path / "out", figures=False)
     assert not (tmp_path / "out" / "report.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(catalogue_bench.verify, "findings", fails)
+        patch.setattr(catalogue_bench, "findings", fails)
         bench = object.__new__(catalogue_bench.Bench)
         bench.tape = bench.source = None  # type: ignore[assignment]
         with pytest.raises(RuntimeError, match="allocate"):
@@ -402,17 +402,18 @@ def test_an_earlier_report_stays_only_while_it_is_of_the_model_as_it_stands(
 
 
 def test_a_sweep_ends_with_4_for_what_is_incomplete_unless_that_was_asked(unjudged: tuple[Run, Report]):
-    def entry(name: str, proof: str, verdict: str = "incomplete", **more: Any) -> dict[str, Any]:
-        outcome = {
-            "run_name": name, "model_name": OPT, "notebook": "convert", "parameters": {"proof": proof}, "error": "",
-            "state": "finished", "verdict": verdict, "traceback": "", "seconds": 1.0, "finished": "", "earlier": False,
-            "folder": name, "executed": "",
+    def outcome(name: str, **more: Any) -> dict[str, Any]:
+        return {
+            "run_name": name, "model_name": OPT, "notebook": "convert", "state": "finished", "seconds": 1.0,
+            "folder": name, **more,
         }  # fmt: skip
+
+    def entry(name: str, proof: str, verdict: str = "incomplete") -> dict[str, Any]:
         content = json.loads((unjudged[0].folder / "report.json").read_text()) | {"verdict": verdict}
-        return overview.summarise(outcome | more, content)
+        return overview.summarise(outcome(name, parameters={"proof": proof}, verdict=verdict), content)
 
     asked, lacks, bad = entry("asked", "weights"), entry("lacks", "auto"), entry("bad", "auto", "diverges")
-    lost = overview.summarise({**asked, "state": "failed", "verdict": "", "parameters": {}, "folder": ""})
+    lost = overview.summarise(outcome("asked", state="failed", folder=""))
     found = {
         status: Sweep("out", record(Index, overview.index(runs)))
         for status, runs in ((0, [asked]), (4, [asked, lacks]), (1, [lacks, bad]), (3, [lacks, bad, lost]))
