@@ -129,6 +129,8 @@ def end(process: subprocess.Popen) -> None:
 def open_notebook(page: Any, lab: Lab, path: str = "") -> Any:
     """Open JupyterLab, at `path` or where it opens by itself, and return the notebook when its kernel can be used."""
     page.goto(f"{lab.address}{path}?token={lab.token}")
+    name = Path(path or "convert.ipynb").name  # what an earlier test left open comes back first
+    page.locator("#jp-main-dock-panel .lm-TabBar-tab.lm-mod-current", has_text=name).wait_for()
     page.locator("#jp-main-statusbar").get_by_text("Python 3 (ipykernel) | Idle").wait_for()
     return page.locator(".jp-NotebookPanel:visible")
 

@@ -100,7 +100,7 @@ def test_a_recorder_ends_with_an_error_from_whoever_listens_to_it(endless: Path,
 def test_a_recorder_ends_with_a_caller_that_was_killed(endless: Path):
     """As where a kernel is closed, or the system ends it for want of memory: the caller can do nothing then."""
     code = (
-        "import sys; from pathlib import Path; from blip2nb.run import environment, kernels\n"
+        "import sys; from pathlib import Path; from blip2nb.lavis_env import environment, kernels\n"
         "python = environment.Lavis(Path(sys.executable), None)\n"
         "kernels._run_script(python, Path(sys.argv[1]), print)"
     )
