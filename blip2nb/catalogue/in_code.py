@@ -1,4 +1,4 @@
-"""Faults in a model's code: where each fits, and planting it. For the catalogue in `faults`."""
+"""Faults in a model's code: where each fits, and planting it. For the catalogue."""
 
 from __future__ import annotations
 

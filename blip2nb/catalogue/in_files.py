@@ -1,4 +1,4 @@
-"""Faults in a model's files: where each fits, and what it does to the tensors there. For the catalogue in `faults`.
+"""Faults in a model's files: where each fits, and what it does to the tensors there. For the catalogue.
 
 What changes tensors is called with copies of them by name, the target, and a generator for what is left to chance.
 """
