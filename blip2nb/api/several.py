@@ -49,7 +49,7 @@ def sweep(
         overwrite: make everything anew, whatever stands there.
 
     Returns:
-        What was found: `.runs`, `.status`, and `.figure()`.
+        What was found: `.runs`, `.status` and `.index`.
 
     Raises:
         RequestError: the request is wrong, before anything runs.

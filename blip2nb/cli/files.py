@@ -18,6 +18,7 @@ from blip2nb.cli.options import (
     Private,
     PushToHub,
     Source,
+    answer,
     print_json,
 )
 from blip2nb.errors import Diverges, RequestError
@@ -82,10 +83,7 @@ def plan(
     from blip2nb import api
 
     found = api.plan(model, source, output, base=base, dtype=dtype.value, max_shard_size=max_shard_size)
-    if as_json:
-        print_json(found)
-    else:
-        print(found)
+    answer(found, found, as_json)
     if found.problems:
         raise typer.Exit(RequestError.exit_status)
 
@@ -128,20 +126,14 @@ def convert(
         push_to_hub=push_to_hub,
         private=private,
     )
-    if as_json:
-        print_json(Converted(model, str(run.model)))
-        return
-    print(run.model)
+    answer(Converted(model, str(run.model)), run.model, as_json)
 
 
 def _check(target: str, source: str, base: str, as_json: bool) -> None:
     from blip2nb import api
 
     found = api.check(target, source, base)
-    if as_json:
-        print_json(Checked(str(found.folder), found.source_checked, found.wrong))
-    else:
-        print(found)
+    answer(Checked(str(found.folder), found.source_checked, found.wrong), found, as_json)
     if found.wrong:
         raise typer.Exit(Diverges.exit_status)
 
@@ -158,10 +150,7 @@ def revert(
     from blip2nb import api
 
     done = api.revert(target, output, part=part.value, overwrite=overwrite)
-    if as_json:
-        print_json(RevertedFile(str(done.path), done.tensors, done.no_way_back))
-        return
-    print(done)
+    answer(RevertedFile(str(done.path), done.tensors, done.no_way_back), done, as_json)
 
 
 @app.command()
@@ -178,7 +167,4 @@ def push(
     from blip2nb import api
 
     address = api.push(run, repository, private=private)
-    if as_json:
-        print_json(Pushed(address))
-        return
-    print(address)
+    answer(Pushed(address), address, as_json)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from blip2nb.cli.entry import app
-from blip2nb.cli.options import Json, LavisPython, print_json
+from blip2nb.cli.options import Json, LavisPython, answer, print_json
 from blip2nb.errors import RequestError
 from blip2nb.report.outputs import Listed, Removed
 
@@ -82,10 +82,7 @@ def sweep(
             keep_models=keep_models,
             overwrite=overwrite,
         )
-    if as_json:
-        print_json(found.index)
-    else:
-        print(found)
+    answer(found.index, found, as_json)
     if found.status:
         raise typer.Exit(found.status)
 
@@ -126,7 +123,7 @@ def clean(
     items = cleaning.survey(output_dir)
     if not names and not models:
         whole = Listed(tuple(item.row for item in items), sum(item.size for item in items))
-        print_json(whole) if as_json else print(cleaning.table(items))
+        answer(whole, cleaning.table(items), as_json)
         return
     chosen, kept = cleaning.choose(items, names or [], models, output_dir)
     for item in kept:
@@ -134,10 +131,8 @@ def clean(
     if chosen and not yes:
         _ask_to_remove(cleaning.table(chosen))
     freed = cleaning.remove(chosen)
-    if as_json:
-        print_json(Removed(tuple(item.row for item in chosen), freed))
-    else:
-        print(f"Removed {', '.join(item.name for item in chosen) or 'nothing'}: {cleaning.human(freed)}.")
+    words = f"Removed {', '.join(item.name for item in chosen) or 'nothing'}: {cleaning.human(freed)}."
+    answer(Removed(tuple(item.row for item in chosen), freed), words, as_json)
 
 
 def _ask_to_remove(table: str) -> None:

@@ -73,3 +73,11 @@ def print_json(content: Any) -> None:
     from blip2nb.forms import dumps
 
     print(dumps(content), end="")
+
+
+def answer(content: Any, words: object, as_json: bool) -> None:
+    """Print what a command found: the record with --json, else what says the same to people."""
+    if as_json:
+        print_json(content)
+    else:
+        print(words)

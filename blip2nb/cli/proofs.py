@@ -22,6 +22,7 @@ from blip2nb.cli.options import (
     Text,
     Texts,
     all_texts,
+    answer,
     print_json,
 )
 from blip2nb.report.outputs import Recorded
@@ -53,11 +54,8 @@ def capture(
         images=images or (),
         texts=all_texts(text, texts),
     )
-    if as_json:
-        told = tape.metadata
-        print_json(Recorded(str(tape.path), told["model"], told["weights_hash"], told["versions"]))
-        return
-    print(tape.path)
+    told = tape.metadata
+    answer(Recorded(str(tape.path), told["model"], told["weights_hash"], told["versions"]), tape.path, as_json)
 
 
 @app.command()
@@ -106,10 +104,7 @@ def verify(
         private=private,
     )
     api.finish(run, keep_model)
-    if as_json:
-        print_json(report.content)
-    else:
-        print(report)
+    answer(report.content, report, as_json)
     if status := report.status(proof.value):
         raise typer.Exit(status)
 
@@ -142,10 +137,8 @@ def figures(
     from blip2nb import api
 
     written = api.export_figures(run, output)
-    if as_json:
-        print_json([str(path) for path in written])
-        return
-    print(f"{len(written)} files in {written[0].parent}" if written else "There is nothing to draw in this run.")
+    words = f"{len(written)} files in {written[0].parent}" if written else "There is nothing to draw in this run."
+    answer([str(path) for path in written], words, as_json)
 
 
 @app.command()
@@ -166,7 +159,4 @@ def diff(
     found = api.diff(run_a, run_b)
     if output:
         found.draw(output)
-    if as_json:
-        print_json(found.row)
-    else:
-        print(found)
+    answer(found.row, found, as_json)

@@ -74,7 +74,7 @@ class Manifest:
     configuration: Mapping[str, str] = dataclasses.field(default_factory=dict)
     files: tuple[SourceFile, ...] = ()
     recipe: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    format: int = 1
+    format: int = FORMAT
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(dumps(self), encoding="utf-8")
