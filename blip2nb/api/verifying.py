@@ -135,8 +135,7 @@ def verify(
     from blip2nb.proof.subject import Subject
     from blip2nb.proof.verify import verify as prove
 
-    if proof not in PROOFS:
-        raise RequestError(f"proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
+    _check_name(proof)
     if dtype:
         check_dtype(dtype, ("float32", "bfloat16", "float16"))
     run = run_of(target)
@@ -179,6 +178,11 @@ def verify(
     elif push_to_hub:
         push(run, push_to_hub, private=private, token=token)
     return report
+
+
+def _check_name(proof: str) -> None:
+    if proof not in PROOFS:
+        raise RequestError(f"proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
 
 
 def _forget_another_models(run: Run) -> None:
@@ -247,8 +251,7 @@ def check_proof(
     """
     from blip2nb.lavis_env import reference
 
-    if proof not in PROOFS:
-        raise RequestError(f"proof should be one of {', '.join(PROOFS)}, found {proof!r}.")
+    _check_name(proof)
     from blip2nb.conversion.files import which
     from blip2nb.families.captioners import huggingface
 

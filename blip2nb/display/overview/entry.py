@@ -19,7 +19,7 @@ from blip2nb.report.store import lacking
 from blip2nb.report.sweep import Entry, Outcome, Proofs, ProofWords, StageColumns, WrongAt
 from blip2nb.weights.convert import LOSSY
 
-PROOFS = ("weights", "pixels", "layers", "logits", "captions")
+PROOFS = tuple(one.name for one in dataclasses.fields(Proofs))
 
 MOST_TRACEBACK = 6000
 """So many letters of a traceback are kept, most of them of its end. The executed notebook has it whole."""
