@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import mmap
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,6 @@ from blip2nb.report.manifest import FORMAT, MANIFEST, Manifest, Shard
 from blip2nb.weights.rules import Entry, MappingError, Plan
 from blip2nb.weights.sources import Alias, Assembled, open_folder
 from blip2nb.weights.stored import (
-    PAGE,
     PIECE,
     SIZES,
     Stored,
@@ -217,27 +215,31 @@ class _Copy:
         """Write it. Returns what the journal notes: the digests of what was read and of what was written."""
         read: dict[str, str] = {}
         hasher = None if self.plain else start_digest(self.slot.shape)
-        at = 0
-        for piece in self._pieces(read):
-            self.file.write(self.slot.name, at, piece)
-            if hasher is not None:
-                hasher.update(piece)
-            at += memoryview(piece).nbytes
-            say(memoryview(piece).nbytes)
-        if at != self.slot.size:
-            raise ValueError(f"{self.slot.name} was announced as {self.slot}, found {at} bytes.")
+
+        def pieces() -> Iterator[memoryview]:
+            for piece in self._pieces(read):
+                if hasher is not None:
+                    hasher.update(piece)
+                yield piece
+                say(piece.nbytes)
+
+        self.file.write(self.slot.name, pieces())
         written = end_digest(self.slot.dtype, hasher) if hasher is not None else read[self.entry.sources[0]]
         return {"target": self.slot.name, "read": read, "written": written}
 
-    def _pieces(self, read: dict[str, str]) -> Iterator[Any]:
+    def _pieces(self, read: dict[str, str]) -> Iterator[memoryview]:
         """The target's bytes; the digests of the sources come to stand in `read` when the last was handed out."""
         if self.entry.kind == "Rename":
             (name,) = self.entry.sources
-            stored, place = self.source.tensors[name], self.file.place(self.slot.name)
+            stored = self.source.tensors[name]
             if self.plain:
-                yield from _sound(name, stored, read, skip=place % PAGE)
-            else:
-                yield from self._casts(name, stored, read, place)
+                yield from _sound(name, stored, read)
+                return
+            room = memoryview(bytearray(min(PIECE // SIZES[stored.dtype] * SIZES[self.slot.dtype], self.slot.size)))
+            for piece in _sound(name, stored, read):
+                yield self._cast(
+                    piece, stored.dtype, room[: piece.nbytes // SIZES[stored.dtype] * SIZES[self.slot.dtype]]
+                )
             return
         for name in self.entry.sources:  # a bias or the positions: small, so computed whole
             for _ in _sound(name, self.source.tensors[name], read):
@@ -245,22 +247,12 @@ class _Copy:
         dtype, content = self._computed([self.source.tensors[name] for name in self.entry.sources])
         yield content if dtype == self.slot.dtype else self._cast(content, dtype)
 
-    def _casts(self, name: str, stored: Stored, read: dict[str, str], place: int) -> Iterator[memoryview]:
-        """Each piece cast to where in a page it will be in the file, and cut so that it ends with a page there."""
-        have, want = SIZES[stored.dtype], SIZES[self.slot.dtype]
-        skip, rest = divmod(place % PAGE * have, want)
-        room = memoryview(mmap.mmap(-1, PIECE // have * want + PAGE))
-        for piece in _sound(name, stored, read, skip=0 if rest or skip % have else skip):
-            start, size = place % PAGE, piece.nbytes // have * want
-            yield self._cast(piece, stored.dtype, room[start : start + size])
-            place += size
-
     def _computed(self, sources: list[Stored]) -> tuple[str, memoryview]:
         if self.entry.kind == "InterpolatePositions":
             return contents(self.entry.rule.forward(*(one.tensor() for one in sources)))
         return sources[0].dtype, memoryview(self.entry.rule.forward(*(one.bits() for one in sources))).cast("B")
 
-    def _cast(self, piece: Any, dtype: str, room: memoryview | None = None) -> memoryview:
+    def _cast(self, piece: memoryview, dtype: str, room: memoryview | None = None) -> memoryview:
         made = cast(piece, dtype, self.slot.dtype, room)
         if not is_finite(made, self.slot.dtype):
             raise RequestError(
@@ -270,7 +262,7 @@ class _Copy:
         return made
 
 
-def _sound(name: str, stored: Stored, read: dict[str, str], skip: int = 0) -> Iterator[memoryview]:
+def _sound(name: str, stored: Stored, read: dict[str, str]) -> Iterator[memoryview]:
     """A tensor's pieces, each looked through; its digest is put into `read` behind the last.
 
     Raises:
@@ -282,7 +274,7 @@ def _sound(name: str, stored: Stored, read: dict[str, str], skip: int = 0) -> It
             "expected. Quantised checkpoints cannot be converted; use the one they were made from."
         )
     hasher, checksum = start_digest(stored.shape), 0
-    for piece in stored.pieces(skip=skip):
+    for piece in stored.pieces():
         if not is_finite(piece, stored.dtype):
             raise RequestError(
                 f"{name} in {stored.path.name} holds {count_not_finite(stored)} NaN or infinite values; "

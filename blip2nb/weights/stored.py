@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
 """Bytes per element of each dtype that a checkpoint may hold, by safetensors' name."""
 
-PAGE = 4096
 PIECE = 1 << 20
 """Bytes read, hashed, cast and written at a time: about what a core's own cache holds."""
 
@@ -67,16 +66,13 @@ class Stored:
         shape = (stop - start, *self.shape[1:])
         return dataclasses.replace(self, offset=self.offset + start * step, shape=shape, crc32=None)
 
-    def pieces(self, size: int = PIECE, skip: int = 0) -> Iterator[memoryview]:
+    def pieces(self, size: int = PIECE) -> Iterator[memoryview]:
         """The tensor's bytes in row-major order, in buffers of at most `size` bytes, each good until the next.
 
-        Args:
-            size: a multiple of `PAGE`.
-            skip: how far behind the beginning of a page the first piece begins, in memory too; the others begin at one.
-                So pieces can be made to fall on the pages of the file that they are written to.
+        `size` is a multiple of the largest element, 8 bytes.
         """
         if self.strides is None:
-            yield from _read(self.path, self.offset, self.nbytes, size, skip)
+            yield from _read(self.path, self.offset, self.nbytes, size)
             return
         view = self._strided()
         if not self.shape:
@@ -226,16 +222,13 @@ def _hashing() -> Any:
     return hashing
 
 
-def _read(path: Path, offset: int, nbytes: int, size: int, skip: int) -> Iterator[memoryview]:
-    """These bytes of a file, in one buffer that is filled again and again, the first time from `skip` on."""
-    if not nbytes:
-        return
-    buffer = memoryview(mmap.mmap(-1, size))  # begins at a page
+def _read(path: Path, offset: int, nbytes: int, size: int) -> Iterator[memoryview]:
+    """These bytes of a file, in one buffer that is filled again and again."""
+    buffer = memoryview(bytearray(min(size, nbytes)))
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         while nbytes:
-            want = buffer[skip : min(size, skip + nbytes)]
-            skip = 0
+            want = buffer[:nbytes]
             filled = 0
             while filled < len(want):
                 count = file.readinto(want[filled:])

@@ -12,6 +12,7 @@ import errno
 import json
 import logging
 import math
+import mmap
 import os
 import re
 import shutil
@@ -20,12 +21,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from blake3 import blake3
 from filelock import FileLock, Timeout
 
 from blip2nb.errors import RequestError
-from blip2nb.weights.stored import PAGE, SIZES, Stored
+from blip2nb.weights.stored import PIECE, SIZES, Stored
 
 log = logging.getLogger("blip2nb")
 
@@ -97,7 +97,7 @@ def shard(slots: Sequence[Slot], largest: int) -> list[Shard]:
 
 
 class ShardFile:
-    """One shard on its way: the header first, then every tensor at its own place, in any order and from any thread.
+    """One shard on its way: the header first, then every tensor at its own place, in any order, from any thread.
 
     Until `finish` its name ends in `.partial`, so that nothing takes it for a shard.
     """
@@ -130,33 +130,31 @@ class ShardFile:
             self._places[slot.name] = (at, slot)
             at += slot.size
 
-    def place(self, name: str) -> int:
-        """The byte of the file at which a tensor begins."""
-        return self._places[name][0]
-
-    def write(self, name: str, at: int, piece: Buffer) -> None:
-        """Put a piece of a tensor at byte `at` of it. Raises ValueError where the slot ends before the piece."""
+    def write(self, name: str, pieces: Iterable[Buffer]) -> None:
+        """Put a tensor in its place, from its bytes in order. Raises ValueError where they are more or fewer."""
         start, slot = self._places[name]
-        view = memoryview(piece).cast("B")
-        if at + view.nbytes > slot.size:
-            raise ValueError(f"{name} was announced as {slot}, and has more bytes.")
-        first, last = self._pages(view, start + at)
-        self._write_past_cache(view[first:last], start + at + first)
-        for part, where in ((view[:first], start + at), (view[last:], start + at + last)):
-            if part.nbytes:
-                with self._turn:
-                    _write_all(self._handle, part, where)
+        direct = self._direct >= 0 and slot.size >= _WORTHWHILE
+        at = start
+        for block in _as_in_pages(pieces, start) if direct else (memoryview(piece).cast("B") for piece in pieces):
+            if at + block.nbytes > start + slot.size:
+                raise ValueError(f"{name} was announced as {slot}, and has more bytes.")
+            first = min(-at % _PAGE, block.nbytes) if direct else block.nbytes
+            last = max(first, block.nbytes - (at + block.nbytes) % _PAGE)
+            self._put(block[:first], at)
+            self._put_direct(block[first:last], at + first)
+            self._put(block[last:], at + last)
+            at += block.nbytes
+        if at != start + slot.size:
+            raise ValueError(f"{name} was announced as {slot}, found {at - start} bytes.")
 
-    def _pages(self, view: memoryview, at: int) -> tuple[int, int]:
-        """Which part of a piece consists of whole pages, of memory as of the file. None of it where there are few."""
-        first, last = -at % PAGE, view.nbytes - (at + view.nbytes) % PAGE
-        if self._direct < 0 or last - first < _WORTHWHILE or (_address(view) + first) % PAGE:
-            return 0, 0
-        return first, last
+    def _put(self, part: Buffer, at: int) -> None:
+        if len(part):
+            with self._turn:
+                _write_all(self._handle, part, at)
 
-    def _write_past_cache(self, pages: memoryview, at: int) -> None:
-        """Straight to the disk, without a copy in memory: that takes a third of the time, and leaves the page cache to
-        what is read. Where the file system turns out not to do it, as any other bytes.
+    def _put_direct(self, pages: memoryview, at: int) -> None:
+        """Straight to the disk, past the page cache: that takes a third of the time, and leaves the cache to what is
+        read. Where the file system turns out not to do it, as any other bytes.
 
         The same file is also written through the page cache, and read through memory maps (`stored`). On Linux that is
         safe where they concern different pages, as here: a page is always written in the same one of the two ways, and
@@ -169,8 +167,7 @@ class ShardFile:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            with self._turn:
-                _write_all(self._handle, pages, at)
+            self._put(pages, at)
 
     def stored(self, name: str) -> Stored:
         """Where a tensor is, for reading it back."""
@@ -190,7 +187,26 @@ class ShardFile:
         self._handle = self._direct = -1
 
 
+_PAGE = 4096  # what O_DIRECT wants memory, place and length to be multiples of: the largest block of usual disks
 _WORTHWHILE = 1 << 18  # bytes from which on writing past the page cache is faster
+
+
+def _as_in_pages(pieces: Iterable[Buffer], start: int) -> Iterator[memoryview]:
+    """The same bytes in blocks that lie in a page of memory as they will in a page of the file, where they begin at
+    byte `start`; each is good until the next. All but the last end with a page."""
+    room = memoryview(mmap.mmap(-1, PIECE))  # begins at a page
+    first = last = start % _PAGE
+    for piece in pieces:
+        view = memoryview(piece).cast("B")
+        while view.nbytes:
+            part = view[: PIECE - last]
+            room[last : last + part.nbytes] = part
+            last, view = last + part.nbytes, view[part.nbytes :]
+            if last == PIECE:
+                yield room[first:]
+                first = last = 0
+    if last > first:
+        yield room[first:last]
 
 
 def _open_direct(path: Path) -> int:
@@ -199,10 +215,6 @@ def _open_direct(path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_DIRECT)
     except (OSError, AttributeError):
         return -1
-
-
-def _address(view: memoryview) -> int:
-    return np.frombuffer(view, np.uint8).ctypes.data
 
 
 def _reserve(handle: int, size: int) -> None:
@@ -400,7 +412,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 def _is_full(folder: Path) -> bool:
     try:
-        return shutil.disk_usage(folder).free < 16 * PAGE
+        return shutil.disk_usage(folder).free < 16 * _PAGE
     except OSError:
         return False
 
