@@ -82,19 +82,15 @@ def _renamed_back(saved: Source, variant: Variant) -> Iterator[tuple[str, Stored
         if stored is None:
             continue
         if isinstance(entry.rule, FuseQueryValueBias):
-            yield from zip(entry.sources, _apart(stored, str(entry.target)), strict=True)
-        else:
-            yield entry.sources[0], stored
+            _refuse_key_bias(entry.rule.key(stored), str(entry.target))
+        yield from entry.parts(stored).items()
     left.pop("qformer.embeddings.position_ids", None)  # a buffer that old versions of transformers saved
     yield from left.items()
 
 
-def _apart(fused: Stored, name: str) -> tuple[Stored, Stored]:
-    """Query and value bias inside a fused one. Raises MappingError unless the key's third is zero."""
-    width = fused.shape[0] // 3
-    if any(any(piece) for piece in fused.rows(width, 2 * width).pieces()):
+def _refuse_key_bias(key: Stored, name: str) -> None:
+    if key.bits().any():
         raise MappingError(
-            f"{name} in {fused.path.name} has a key bias, which LAVIS does not have. A base should be as it was "
+            f"{name} in {key.path.name} has a key bias, which LAVIS does not have. A base should be as it was "
             "converted, not tuned in transformers."
         )
-    return fused.rows(0, width), fused.rows(2 * width, 3 * width)

@@ -109,12 +109,9 @@ def _back(entry: Entry, saved: Source) -> tuple[dict[str, Stored], str]:
     stored = saved[str(entry.target)]
     if stored.shape != entry.shape:
         raise RequestError(f"{entry.target} is {stored.shape}, expected {entry.shape} by the directory's config.json.")
-    if not isinstance(entry.rule, FuseQueryValueBias):
-        return {entry.sources[0]: stored}, ""
-    width = stored.shape[0] // 3
-    query, key, value = (stored.rows(n * width, (n + 1) * width) for n in range(3))
-    why = "a key bias, which LAVIS does not have and no output depends on: left out" if key.bits().any() else ""
-    return dict(zip(entry.sources, (query, value), strict=True)), why
+    key_bias = isinstance(entry.rule, FuseQueryValueBias) and entry.rule.key(stored).bits().any()
+    why = "a key bias, which LAVIS does not have and no output depends on: left out" if key_bias else ""
+    return entry.parts(stored), why
 
 
 def _target_of(wanted: list[Entry], name: str) -> str:

@@ -1,5 +1,9 @@
 """The kinds of rules that turn one library's tensors into the other's, with the way back of each.
 
+A kind that writes has `forward` and `inverse`, which compute, and `parts`: where in a written file the sources' own
+bytes lie, so that a file can be taken for LAVIS's without a copy. A kind whose sources' bytes are nowhere in the file,
+such as a transposition, needs `revert` and a converted base to compute first.
+
 A rule names tensors on both sides by templates; `expand` writes them out. Everything here is pure: names and shapes,
 and arithmetic on the tensors that are handed in. The rules themselves stand with the models: `families`.
 """
@@ -11,10 +15,13 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blip2nb.errors import RequestError
 from blip2nb.variants import Variant
+
+if TYPE_CHECKING:
+    from blip2nb.weights.stored import Stored
 
 Tensor = Any  # a torch.Tensor; torch itself is not needed here
 
@@ -41,6 +48,9 @@ class Rename:
 
     def inverse(self, tensor: Tensor) -> tuple[Tensor]:
         return (tensor,)
+
+    def parts(self, written: Stored) -> tuple[Stored, ...]:
+        return (written,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +89,15 @@ class FuseQueryValueBias:
             )
         return query, value
 
+    def parts(self, written: Stored) -> tuple[Stored, ...]:
+        """Query and value; what the key's third holds is the caller's to look at, as `key`."""
+        width = written.shape[0] // 3
+        return written.rows(0, width), written.rows(2 * width, 3 * width)
+
+    def key(self, written: Stored) -> Stored:
+        width = written.shape[0] // 3
+        return written.rows(width, 2 * width)
+
 
 @dataclasses.dataclass(frozen=True)
 class InterpolatePositions:
@@ -104,6 +123,10 @@ class InterpolatePositions:
 
     def inverse(self, positions: Tensor) -> tuple[Tensor]:
         raise MappingError(f"{self.source} was interpolated for another image size, which has no way back.")
+
+    def parts(self, written: Stored) -> tuple[Stored, ...]:
+        """As they are: what LAVIS holds once it has built the tower."""
+        return (written,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +181,10 @@ class Entry:
     @property
     def kind(self) -> str:
         return type(self.rule).__name__
+
+    def parts(self, written: Stored) -> dict[str, Stored]:
+        """Source name -> where its bytes lie in the written target."""
+        return dict(zip(self.sources, self.rule.parts(written), strict=True))
 
     @property
     def optional(self) -> bool:
