@@ -412,15 +412,17 @@ def test_a_model_whose_removal_was_interrupted_does_not_look_whole(
     run = run_folder(outputs / "mine")
     file(run / "model" / JOURNAL)
     (run / "model").rename(run / name)
+    lock = file(run / ".model.lock", 0)
 
     def interrupted(folder: Path) -> None:
+        assert lock.exists(), "nobody else can begin meanwhile"
         (folder / "config.json").unlink()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            clean.remove([item for item in clean.survey(outputs) if item.paths == (run / name,)])
+            clean.remove([item for item in clean.survey(outputs) if run / name in item.paths])
     assert {path.name for path in run.iterdir() if "model" in path.name} == {".model.removed"}
     clean.remove(clean.choose(clean.survey(outputs), ["unfinished"])[0])
     assert set(listed(outputs)) == {"mine/tape", "mine/rest"}
