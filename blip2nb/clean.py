@@ -9,40 +9,56 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
 from blip2nb.errors import RequestError
+from blip2nb.forms import reads
 from blip2nb.report.manifest import MANIFEST
 from blip2nb.report.outputs import ItemRow
 from blip2nb.report.runs import RunPaths, outputs_folder
+from blip2nb.report.sweep import Outcome
 from blip2nb.sweeps.place import HIDDEN, RECORD
 from blip2nb.variants import RELEASED, variant
 from blip2nb.weights.download import cache_folder, locate
 from blip2nb.weights.writer import JOURNAL
 
 MODELS, UNFINISHED, TWINS, DOWNLOADS = "models", "unfinished", "twins", "downloads"
-_LAVIS, _HUGGING_FACE = "lavis", "huggingface"
-_TAKEN = (MODELS, UNFINISHED, TWINS, DOWNLOADS, _LAVIS, _HUGGING_FACE)  # a run may be called so too
+_IN_USE = "another process is writing it now"
+_LINKED = "it is, or is behind, a link to another place, which is not followed"
 
-_TAPES = ("tape.safetensors", "tape-images.safetensors")
-_REST = (
-    "report.json",
-    "arrays.safetensors",
-    "activations.safetensors",
-    "report.html",
-    "figures",
-    "run.json",
-    "lavis.ipynb",
-    "request",
-)
+
+class _Kind(NamedTuple):
+    """Something that the kit writes: a pattern of its names, the item that it is part of, and that item's group."""
+
+    names: str
+    item: str
+    group: str
+    what: str
+
+
 _HIDDEN = re.compile(r"\.(.+)\.(partial|old|removed|lock)")  # beside a directory that is written or removed whole
-_TWIN = re.compile(r"tiny-.+-r\d+")
+_MODEL = _Kind("model", "model", MODELS, "converted model")
+_TAPE = _Kind(r"tape(-images)?\.safetensors", "tape", "", "reference recording")
+_FILES = r"(report|run|sweep)\.json|report\.html|(arrays|activations)\.safetensors|lavis\.ipynb|figures|request"
+_REST = _Kind(_FILES, "rest", "", "report and figures")
+_UNFINISHED = _Kind(f"{_HIDDEN.pattern}|{re.escape(HIDDEN)}", UNFINISHED, UNFINISHED, "unfinished work")
+_LEFT = _UNFINISHED._replace(
+    names=rf"({_TAPE.names}|{_FILES}|\..+\.pth)\.partial|\.(model|figures|request)\.(partial|old|removed|lock)"
+)
+_RUN = (_MODEL, _TAPE, _REST, _LEFT)
+_TWINS = (
+    _Kind(r"tiny-.+-r\d+", TWINS, "", "twins, made again where needed"),
+    _UNFINISHED._replace(item=f"{TWINS}/{UNFINISHED}"),
+)
+_LANGUAGE = "|".join(re.escape(variant(name).language_folder) for name in RELEASED)
+_HUB = (_Kind(_LANGUAGE, r"\g<0>", "", "downloaded language model"), _UNFINISHED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +67,11 @@ class Item:
 
     Attributes:
         name: what to call it by, such as tiny-blip2-opt-2.7b/model.
-        group: what else it is found by; "" for nothing.
+        group: models or unfinished; "" for all else.
         what: the same in words.
         size: bytes.
         paths: the files and folders it consists of.
-        root: the folder that all of them must really be in.
+        root: the outputs folder, or the cache, that all of them are in.
         locks: the lock files that whoever writes it holds.
         kept: why it is never removed; "" for what may be.
     """
@@ -75,60 +91,49 @@ class Item:
         return ItemRow(self.name, self.what, self.size, tuple(map(str, self.paths)), self.kept)
 
 
-def survey(output_dir: str | Path = "") -> list[Item]:
-    """Everything that takes space, in the outputs folder and in the caches. Changes nothing."""
-    return [*_outputs(outputs_folder(output_dir)), *_cache(cache_folder()), *_other_caches()]
-
-
-def choose(
-    items: Sequence[Item], names: Iterable[str], models: bool = False, output_dir: str | Path = ""
-) -> tuple[list[Item], list[Item]]:
+def choose(items: Sequence[Item], names: Iterable[str], models: bool = False) -> tuple[list[Item], list[Item]]:
     """The items that are meant: those that may be removed, and those that are kept though a name covers them.
 
     Args:
-        names: an item's name; or what its name begins with, up to a slash; or its group; or a path in the outputs
-            folder.
+        names: an item's name; or a run's; or `unfinished`; or a path in the outputs folder, which is needed for a run
+            that is called as something else is.
         models: also the converted models of all runs.
 
     Raises:
-        RequestError: a name is nobody's, or all that it names is kept.
+        RequestError: a name is nobody's or means several things, or all that it names is kept.
     """
     chosen = [item for item in items if models and item.group == MODELS]
     for name in names:
-        short = _short(name, outputs_folder(output_dir))
-        found = [item for item in items if _is_meant(item, short)]
-        if not found:
-            near = difflib.get_close_matches(short, [item.name for item in items], n=1, cutoff=0.6)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise RequestError(
-                f"There is nothing called {name!r} to remove.{hint} `blip2nb clean` lists what there is."
-            )
-        if all(item.kept for item in found):
-            raise RequestError(f"{found[0].name} was not removed: {found[0].kept}.")
-        chosen += found
+        chosen += _meant(items, name)
     once = list(dict.fromkeys(chosen))
     return [item for item in once if not item.kept], [item for item in once if item.kept]
 
 
-def _short(name: str, outputs: Path) -> str:
-    """A name as the items have it, of what may have been completed to a path."""
-    path, outputs = Path(name).expanduser().absolute(), outputs.resolve()
+def _meant(items: Sequence[Item], name: str) -> list[Item]:
+    path, short = Path(name).expanduser().absolute(), name.rstrip("/")
     path = path.parent.resolve() / path.name
-    if "/" in name and path.exists() and path.is_relative_to(outputs) and path != outputs:
-        parts = path.relative_to(outputs).parts
-        name = "/".join([_run_name(parts[0]), *parts[1:]])
-    return name.rstrip("/")
+    inside = [item for item in items if "/" in name and path.exists() and path.is_relative_to(item.root)]
+    sure = [item for item in inside if _covers(path.relative_to(item.root).as_posix(), item)]
+    sure = sure or [item for item in items if item.group == short == UNFINISHED]
+    found = sure or [item for item in items if _covers(short, item)]
+    if not found:
+        close = difflib.get_close_matches(short, [item.name for item in items], n=1, cutoff=0.6)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise RequestError(f"There is nothing called {name!r} to remove.{hint} `blip2nb clean` lists what there is.")
+    if all(item.kept for item in found):
+        raise RequestError(f"{found[0].name} was not removed: {found[0].kept}.")
+    if not sure and len({item.root for item in found}) > 1:
+        raise RequestError(
+            f"{name!r} means several things. Say which: by a path, {found[0].root / short}, or one by one."
+        )
+    return found
 
 
-def _run_name(folder: str) -> str:
-    return f"./{folder}" if folder in _TAKEN else folder
+def _covers(name: str, item: Item) -> bool:
+    return bool(name) and (name == item.name or item.name.startswith(f"{name}/"))
 
 
-def _is_meant(item: Item, name: str) -> bool:
-    return bool(name) and (name in (item.name, item.group) or item.name.startswith(f"{name}/"))
-
-
-def remove(items: Iterable[Item]) -> int:
+def remove(items: Sequence[Item]) -> int:
     """Remove items, and the folders they leave empty. Returns the number of bytes freed.
 
     A directory loses its name before its first file goes, so that what looks whole is whole.
@@ -136,17 +141,20 @@ def remove(items: Iterable[Item]) -> int:
     Raises:
         RequestError: an item is kept, another process is writing it by now, or it cannot be removed.
     """
-    freed = 0
     for item in items:
-        if item.kept:
-            raise RequestError(f"{item.name} was not removed: {item.kept}.")
+        kept = item.kept or (_LINKED if any(map(_is_linked, item.paths)) else "")
+        if kept:
+            raise RequestError(f"{item.name} was not removed: {kept}.")
         try:
-            with _alone(item):
+            with contextlib.ExitStack() as held:
+                for lock in item.locks:
+                    held.enter_context(FileLock(lock, blocking=False))
+                    held.callback(lock.unlink, missing_ok=True)
                 for path in item.paths:
-                    _require_inside(path, item.root)
-                    size = _size(path)
-                    _remove(path)
-                    freed += size
+                    if path not in item.locks:  # those go last
+                        _remove(path)
+        except Timeout as error:
+            raise RequestError(f"{item.name} was not removed: {_IN_USE}.") from error
         except OSError as error:
             raise RequestError(
                 f"{error.filename or item.name} cannot be removed ({error.strerror or error}). "
@@ -155,7 +163,17 @@ def remove(items: Iterable[Item]) -> int:
         for folder in {path.parent for path in item.paths} - {item.root}:
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
-    return freed
+    return sum(item.size for item in items)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        nameless = path.with_name(f".{_stage(path)[0]}.removed")
+        if nameless.exists() and nameless != path:
+            shutil.rmtree(nameless)
+        shutil.rmtree(path.rename(nameless))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_model(run: RunPaths) -> None:
@@ -164,7 +182,8 @@ def remove_model(run: RunPaths) -> None:
     Raises:
         RequestError: what stands there is not a conversion of this kit.
     """
-    remove([_model(run.model, str(run.model), run.model.parent)])
+    folder = run.model.parent.resolve()
+    remove([_item(str(run.model), MODELS, _MODEL.what, [folder / run.model.name], folder)])
 
 
 def human(size: int) -> str:
@@ -185,149 +204,67 @@ def table(items: Sequence[Item]) -> str:
     return "\n".join(f"{name:<{width}}  {size:>7}  {what}".rstrip() for name, size, what in rows)
 
 
-# -- the outputs folder
+# -- the survey
+
+
+def survey(output_dir: str | Path = "") -> list[Item]:
+    """Everything that takes space, in the outputs folder and in the caches. Changes nothing."""
+    return [*_outputs(outputs_folder(output_dir).resolve()), *_cache(cache_folder().resolve()), *_other_caches()]
 
 
 def _outputs(outputs: Path) -> Iterator[Item]:
-    if not outputs.is_dir():
-        return
-    for path in sorted(outputs.iterdir()):
-        name = _run_name(path.name)
-        if path.is_symlink():
-            if path.is_dir():
-                yield _item(name, "", "a link", [path], outputs)
-        elif path.name == HIDDEN:
-            yield _item(HIDDEN, UNFINISHED, "unfinished runs of a sweep", [path], outputs, [path / "lock"])
-        elif path.is_dir() and not _HIDDEN.fullmatch(path.name):
-            yield from _run(path, name, outputs)
-    yield from _unfinished(outputs, "", outputs)
+    items, other = _sort(outputs, "", (_UNFINISHED,), outputs)
+    for folder in filter(Path.is_dir, other):
+        if folder.is_symlink():
+            yield _item(folder.name, "", "a link", [folder], outputs)
+        elif (folder / MANIFEST).is_file():  # `convert --output` has put a model itself here
+            yield _item(_name(folder), MODELS, _MODEL.what, [folder], outputs)
+        else:
+            yield from _folder(folder, outputs)
+    yield from items
 
 
-def _run(folder: Path, name: str, outputs: Path) -> Iterator[Item]:
-    """What a folder in the outputs folder holds."""
-    unfinished = list(_unfinished(folder, f"{name}/", outputs))
-    if (folder / MANIFEST).is_file():  # `convert --output` has put a model itself here
-        yield _model(folder, name, outputs)
-    elif _is_run(folder):
-        yield from _parts(folder, name, outputs)
-    elif not unfinished or _left_over(folder, [path for item in unfinished for path in item.paths]):
-        yield _item(name, "", "not ours", [folder], outputs, kept="it is not a run of this kit")
-    yield from unfinished
+def _folder(folder: Path, outputs: Path) -> Iterator[Item]:
+    """What a run's folder holds, or another one."""
+    kinds = (*_RUN, *_of_a_sweep(folder)) if _is_run(folder) else (_LEFT,)
+    items, other = _sort(folder, f"{folder.name}/", kinds, outputs)
+    yield from items
+    if other:
+        why = f"it is not of this kit: {', '.join(path.name for path in other[:3])}"
+        yield _item(f"{folder.name}/other", "", "something else", other, outputs, kept=why)
 
 
 def _is_run(folder: Path) -> bool:
     marks = (f"model/{MANIFEST}", "report.json", "run.json", RECORD)
-    return any((folder / mark).is_file() for mark in marks) or any(_is_tape(folder / tape) for tape in _TAPES)
+    return any((folder / mark).is_file() for mark in marks) or any(map(_is_tape, folder.glob("tape*.safetensors")))
 
 
 def _is_tape(path: Path) -> bool:
-    """Whether a file's header is a recording's."""
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            return length < 100_000_000 and "blip2nb" in json.loads(file.read(length)).get("__metadata__", {})
-    except (OSError, ValueError, AttributeError):
+        with safe_open(path, framework="numpy") as file:
+            return "blip2nb" in (file.metadata() or {})
+    except (OSError, SafetensorError):
         return False
 
 
-def _parts(folder: Path, name: str, outputs: Path) -> Iterator[Item]:
-    model = folder / "model"
-    tapes = [folder / tape for tape in _TAPES if (folder / tape).exists()]
-    rest = [folder / one for one in (*_REST, *_of_a_sweep(folder)) if (folder / one).exists()]
-    known = [model, *tapes, *rest]
-    if model.exists() or model.is_symlink():
-        yield _model(model, f"{name}/model", outputs)
-    if tapes:
-        yield _item(f"{name}/tape", "", "reference recording", tapes, outputs)
-    if rest:
-        yield _item(f"{name}/rest", "", "report and figures", rest, outputs)
-    other = _left_over(folder, [*known, *(path for path in folder.iterdir() if _HIDDEN.fullmatch(path.name))])
-    if other:
-        why = f"it is not of this kit: {', '.join(sorted(path.name for path in other)[:3])}"
-        yield _item(f"{name}/other", "", "something else", other, outputs, kept=why)
-
-
-def _of_a_sweep(folder: Path) -> tuple[str, ...]:
-    """What a sweep adds to a run: its record, and the executed notebook that it names."""
-    try:
-        return RECORD, Path(json.loads((folder / RECORD).read_text(encoding="utf-8"))["executed"]).name or RECORD
-    except (OSError, ValueError, KeyError, TypeError):
-        return (RECORD,)
-
-
-def _left_over(folder: Path, known: Iterable[Path]) -> list[Path]:
-    names = {path.name for path in known}
-    return [path for path in folder.iterdir() if path.name not in names and not _is_partial(path)]
-
-
-def _model(folder: Path, name: str, root: Path) -> Item:
-    ours = (folder / MANIFEST).is_file()
-    kept = "" if ours or folder.is_symlink() else "it is not a conversion of this kit"
-    return _item(name, MODELS, "converted model", [folder], root, [_lock_beside(folder)], kept)
-
-
-def _is_partial(path: Path) -> bool:
-    """Whether a file in a run's folder is one of the kit's on its way, left by something that was killed."""
-    whole = path.name.removesuffix(".partial")
-    return whole != path.name and (whole in (*_TAPES, *_REST) or (whole.startswith(".") and whole.endswith(".pth")))
-
-
-def _unfinished(folder: Path, prefix: str, root: Path) -> Iterator[Item]:
-    """Unfinished directories in a folder, with what else their runs have left, and unfinished files."""
-    if folder.is_symlink():
-        return
-    found = sorted(folder.iterdir())
-    targets = dict.fromkeys(match[1] for path in found if (match := _HIDDEN.fullmatch(path.name)))
-    for target in targets:
-        if target.endswith(".pth"):
-            continue
-        place = folder / target
-        partial, old, removed, lock = (
-            place.with_name(f".{target}.{what}") for what in ("partial", "old", "removed", "lock")
-        )
-        paths = [partial] if partial.is_dir() and _is_ours(partial) else []
-        if old.is_dir() and not place.exists():  # the only copy: the next conversion puts it back
-            what = "converted model, set aside by a run that was killed"
-            yield _item(f"{prefix}{old.name}", MODELS, what, [old], root, [lock])
-        elif old.is_dir():
-            paths.append(old)
-        paths += [removed] if removed.is_dir() else []
-        paths += [lock] if lock.is_file() else []
-        if paths:
-            yield _item(f"{prefix}{paths[0].name}", UNFINISHED, "unfinished directory", paths, root, [lock])
-    for path in found:
-        if path.is_file() and _is_partial(path):
-            yield _item(f"{prefix}{path.name}", UNFINISHED, "unfinished file", [path], root)
-
-
-def _is_ours(partial: Path) -> bool:
-    return any((partial / name).is_file() for name in (JOURNAL, MANIFEST)) or not any(partial.iterdir())
-
-
-# -- the caches
+def _of_a_sweep(run: Path) -> Iterator[_Kind]:
+    """The executed notebook that a sweep's record names."""
+    with contextlib.suppress(OSError, ValueError):
+        yield _REST._replace(names=re.escape(reads(Outcome, (run / RECORD).read_bytes()).executed))
 
 
 def _cache(cache: Path) -> Iterator[Item]:
     """The kit's own cache."""
-    folder = cache / "twins"
-    if folder.is_dir():
-        twins = sorted(path for path in folder.iterdir() if path.is_dir() and _TWIN.fullmatch(path.name))
-        if twins:
-            what = f"{len(twins)} {'twin' if len(twins) == 1 else 'twins'}, made again where needed"
-            yield _item("twins", TWINS, what, twins, cache, [_lock_beside(twin) for twin in twins])
-        yield from _unfinished(folder, "twins/", cache)
-    models = [variant(name) for name in RELEASED]
-    for name in dict.fromkeys(["eva_vit_g.pth", *(model.checkpoint for model in models)]):
+    yield from _sort(cache / "twins", "", _TWINS, cache)[0]
+    for name in dict.fromkeys(["eva_vit_g.pth", *(variant(name).checkpoint for name in RELEASED)]):
         yield from _download(cache / "lavis" / name, cache)
-    for name in dict.fromkeys(model.language_folder for model in models):
-        if (cache / "hub" / name).is_dir():
-            yield _item(f"{DOWNLOADS}/{name}", DOWNLOADS, "downloaded language model", [cache / "hub" / name], cache)
+    yield from _sort(cache / "hub", f"{DOWNLOADS}/", _HUB, cache)[0]
 
 
 def _download(path: Path, cache: Path) -> Iterator[Item]:
     lock = path.with_name(f"{path.name}.lock")
     if path.is_file():
-        yield _item(f"{DOWNLOADS}/{path.name}", DOWNLOADS, "downloaded file", [path], cache, [lock])
+        yield _item(f"{DOWNLOADS}/{path.name}", "", "downloaded file", [path], cache, [lock])
     # the notes last: without them the bytes are of no use
     left = [path.with_name(path.name + ending) for ending in (".partial", ".partial.json", ".lock")]
     left = [one for one in left if one.is_file()]
@@ -341,39 +278,63 @@ def _other_caches() -> Iterator[Item]:
     for path, (part, model) in found.items():
         if path.is_relative_to(cache_folder()):
             continue
-        name, why = f"{_LAVIS}/{part.name}", "delete it by hand if LAVIS does not need it"
+        name, why = f"lavis/{part.name}", "delete it by hand if LAVIS does not need it"
         if part.name.endswith("/"):
-            name, why = f"{_HUGGING_FACE}/{part.name[:-1]}", f"`hf cache rm model/{model.language_model}` removes it"
+            name, why = f"huggingface/{part.name[:-1]}", f"`hf cache rm model/{model.language_model}` removes it"
         yield Item(name, "", f"in {part.where}", part.size or 0, (path,), path.parent, kept=why)
 
 
-# -- one item
+# -- items
+
+
+def _sort(folder: Path, prefix: str, kinds: Iterable[_Kind], root: Path) -> tuple[list[Item], list[Path]]:
+    """The items in a folder, in the order of the kinds, and the paths that are of no kind."""
+    rest = sorted(folder.iterdir()) if folder.is_dir() else []
+    found: dict[str, tuple[_Kind, list[Path]]] = {}
+    for kind in kinds:
+        for path in rest[:]:
+            if match := re.fullmatch(kind.names, _name(path)):
+                found.setdefault(prefix + match.expand(kind.item), (kind, []))[1].append(path)
+                rest.remove(path)
+    items = [_item(name, kind.group, kind.what, paths, root) for name, (kind, paths) in found.items()]
+    return items, rest
+
+
+def _name(path: Path) -> str:
+    """A path's name; of a directory's only copy, set aside by a conversion that was killed, the directory's, since the
+    next one puts it back; "" of what is named like a part of the kit's work, and is none."""
+    target, stage = _stage(path)
+    if stage == "old" and path.is_dir() and not path.with_name(target).exists():
+        return target
+    if stage == "partial" and not target.endswith(".pth"):
+        return path.name if any((path / mark).is_file() for mark in (JOURNAL, MANIFEST)) else ""
+    return path.name if stage in ("", "partial", "lock") or path.is_dir() else ""
+
+
+def _stage(path: Path) -> tuple[str, str]:
+    """The name of the directory that a hidden path stands beside, and what it is to it; or its own name and ""."""
+    match = _HIDDEN.fullmatch(path.name)
+    return (match[1], match[2]) if match else (path.name, "")
+
+
+def _lock(path: Path) -> Path:
+    """What whoever writes a directory holds."""
+    return path / "lock" if path.name == HIDDEN else path.with_name(f".{_stage(path)[0]}.lock")
 
 
 def _item(
-    name: str,
-    group: str,
-    what: str,
-    paths: Sequence[Path],
-    root: Path,
-    locks: Sequence[Path] = (),
-    kept: str = "",
+    name: str, group: str, what: str, paths: Sequence[Path], root: Path, locks: Sequence[Path] = (), kept: str = ""
 ) -> Item:
-    if not kept and any(_is_held(lock) for lock in locks):
-        kept = "another process is writing it now"
-    if not kept and any(not _is_inside(path, root) for path in paths):
-        kept = "it is, or is behind, a link to another place, which is not followed"
+    locks = locks or list(dict.fromkeys(_lock(path) for path in paths if path.is_dir() or path.suffix == ".lock"))
+    if group == MODELS and not (paths[0] / MANIFEST).is_file():
+        kept = "it is not a conversion of this kit"
+    kept = kept or (_IN_USE if any(map(_is_held, locks)) else _LINKED if any(map(_is_linked, paths)) else "")
     return Item(name, group, what, sum(map(_size, paths)), tuple(paths), root, tuple(locks), kept)
 
 
-def _is_inside(path: Path, root: Path) -> bool:
-    """Whether a path is where it says, with no link between the root and it."""
-    return path.resolve() == root.resolve() / path.relative_to(root)
-
-
-def _require_inside(path: Path, root: Path) -> None:
-    if not _is_inside(path, root):
-        raise RequestError(f"{path} was not removed: it is, or is behind, a link to another place.")
+def _is_linked(path: Path) -> bool:
+    """Whether a path is, or is behind, a link. The roots are resolved: without a link it is what it resolves to."""
+    return path.resolve() != path
 
 
 def _size(path: Path) -> int:
@@ -384,43 +345,12 @@ def _size(path: Path) -> int:
         return 0
 
 
-def _lock_beside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.lock")
-
-
 def _is_held(lock: Path) -> bool:
     """Whether another process holds a lock. One that does not exist is not made."""
-    if not lock.is_file():
-        return False
     try:
-        with FileLock(lock, blocking=False):
-            return False
-    except Timeout:
+        if lock.is_file():
+            with FileLock(lock, blocking=False):
+                pass
+    except OSError:  # Timeout is one; and what is not ours to lock is not ours to remove
         return True
-    except OSError:  # not ours to lock, so not ours to remove
-        return True
-
-
-@contextlib.contextmanager
-def _alone(item: Item) -> Iterator[None]:
-    """Hold an item's locks; they disappear with it."""
-    with contextlib.ExitStack() as stack:
-        for lock in item.locks:
-            try:
-                stack.enter_context(FileLock(lock, blocking=False))
-            except Timeout as error:
-                raise RequestError(f"{item.name} was not removed: another process is writing it now.") from error
-            stack.callback(lock.unlink, missing_ok=True)
-        yield
-
-
-def _remove(path: Path) -> None:
-    if not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
-    hidden = path if _HIDDEN.fullmatch(path.name) else path.with_name(f".{path.name}.removed")
-    if hidden != path:
-        if hidden.exists():
-            shutil.rmtree(hidden)
-        path.rename(hidden)
-    shutil.rmtree(hidden)
+    return False

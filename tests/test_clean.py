@@ -26,8 +26,10 @@ import blip2nb
 from blip2nb import api, clean
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners import huggingface
+from blip2nb.forms import dumps
 from blip2nb.handles import Run
 from blip2nb.report.manifest import Manifest
+from blip2nb.report.sweep import Outcome as SweepOutcome
 from blip2nb.sweeps.place import HIDDEN, RECORD
 from blip2nb.twins import write_twin
 from blip2nb.variants import variant
@@ -84,6 +86,7 @@ def listed(outputs: Path) -> dict[str, clean.Item]:
 
 
 def test_without_names_everything_is_listed_and_nothing_changes(command: Command, outputs: Path, cache: Path):
+    assert command("clean", "--output-dir", outputs / "none").out.split() == ["total", "0", "B"]
     run_folder(outputs / "mine")
     file(cache / "twins" / f"{TWIN}-r1" / "eva_vit_g.pth", 5000)
     file(cache / "lavis" / "eva_vit_g.pth", 70_000)
@@ -101,11 +104,6 @@ def test_without_names_everything_is_listed_and_nothing_changes(command: Command
     assert words[0].split()[1:3] == ["2.0", "kB"]
     assert words[-1].split()[1:] == ["80.0", "kB"]
     assert snapshot(outputs.parent) == before
-
-
-def test_nothing_at_all_is_a_list_too(command: Command, outputs: Path):
-    outputs.rmdir()
-    assert command("clean", "--output-dir", outputs).out.split() == ["total", "0", "B"]
 
 
 @pytest.mark.parametrize(
@@ -146,10 +144,14 @@ def test_the_caches_of_others_are_shown_and_kept(command: Command, outputs: Path
         (["mine/tape", "yours/rest"], {"mine/model", "mine/rest", "yours/model", "yours/tape"}),
         (["mine"], {"yours/model", "yours/tape", "yours/rest"}),
         (["mine/", "yours"], set()),
+        (["outputs/mine/", "outputs/yours/model"], {"yours/tape", "yours/rest"}),
         (["--models"], {"mine/tape", "mine/rest", "yours/tape", "yours/rest"}),
     ],
 )
-def test_what_is_named_goes_and_the_rest_stays(command: Command, outputs: Path, names: list[str], left: set[str]):
+def test_what_is_named_goes_and_the_rest_stays(
+    command: Command, outputs: Path, names: list[str], left: set[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(outputs.parent)  # a path completed by the shell is a name, too
     for name in ("mine", "yours"):
         run_folder(outputs / name)
     sizes = {name: item.size for name, item in listed(outputs).items()}
@@ -162,23 +164,21 @@ def test_what_is_named_goes_and_the_rest_stays(command: Command, outputs: Path, 
     assert {path.name for path in outputs.iterdir()} == {name.split("/")[0] for name in left}, "no empty folders"
 
 
-def test_a_path_is_a_name_too(command: Command, outputs: Path, monkeypatch: pytest.MonkeyPatch):
-    run_folder(outputs / "mine")
-    run_folder(outputs / "twins")  # as a group of the list is called
-    monkeypatch.chdir(outputs.parent)
-    assert command("clean", "outputs/mine/", "outputs/twins/model", "--yes", "--output-dir", "outputs").status == 0
-    assert set(listed(outputs)) == {"./twins/tape", "./twins/rest"}
-
-
-def test_a_run_is_not_taken_for_a_group_of_the_same_name(command: Command, outputs: Path, cache: Path):
-    run_folder(outputs / "twins")
+def test_a_name_of_a_run_and_of_something_else_is_refused_and_a_path_says_which(
+    command: Command, outputs: Path, cache: Path
+):
     twin = file(cache / "twins" / f"{TWIN}-r1" / "eva_vit_g.pth")
-    assert command("clean", "./twins", "--yes", "--output-dir", outputs).status == 0
-    assert twin.is_file()
-    run_folder(outputs / "twins")
+    for name in ("twins", "unfinished"):
+        run_folder(outputs / name)
+    ended = command("clean", "twins", "--yes", "--output-dir", outputs)
+    assert (ended.status, len(ended.said)) == (2, 1)
+    assert f"{outputs / 'twins'}" in ended.err
+    unfinished(outputs / "mine")
+    for name in (outputs / "twins", "unfinished"):
+        assert command("clean", name, "--yes", "--output-dir", outputs).status == 0
+    assert set(listed(outputs)) == {"unfinished/model", "unfinished/tape", "unfinished/rest", "twins"}
     assert command("clean", "twins", "--yes", "--output-dir", outputs).status == 0
     assert not twin.exists()
-    assert "./twins/model" in listed(outputs)
 
 
 def test_the_caches_of_the_kit_can_be_emptied(command: Command, outputs: Path, cache: Path):
@@ -215,31 +215,38 @@ def test_a_name_that_is_nobodys_is_refused(command: Command, outputs: Path, name
     ended = command("clean", "mine/tape", name, "--yes", "--output-dir", outputs)
     assert (ended.status, ended.out, len(ended.said)) == (2, "", 1)
     assert snapshot(outputs.parent) == before
+    assert ("Did you mean 'mine/model'?" in ended.err) == (name == "mine/mode")
 
 
 # -- what is not the kit's
 
 
-def test_a_folder_that_is_no_run_is_listed_and_refused(command: Command, outputs: Path):
+def test_a_folder_that_is_no_run_is_listed_and_stays(command: Command, outputs: Path):
     file(outputs / "photos" / "model" / "config.json")
-    assert (listed(outputs)["photos"].what, listed(outputs)["photos"].size) == ("not ours", 1000)
-    ended = command("clean", "photos", "--yes", "--output-dir", outputs)
-    assert (ended.status, len(ended.said)) == (2, 1)
-    assert (outputs / "photos" / "model" / "config.json").is_file()
+    file(outputs / "strange" / "tape.safetensors")
+    tape = run_folder(outputs / "mine") / "tape.safetensors"
+    file(outputs / ".backup.partial" / "half")
+    file(outputs / ".backup.old")
+    (outputs / "recorded").mkdir()
+    shutil.move(tape, outputs / "recorded")
+    before = snapshot(outputs)
+    for name in ("photos", "strange", ".backup.partial", ".backup.old", "unfinished"):
+        ended = command("clean", name, "--yes", "--output-dir", outputs)
+        assert (ended.status, len(ended.said)) == (2, 1)
+    assert snapshot(outputs) == before
+    assert listed(outputs)["photos/other"].size == 1000
+    assert listed(outputs)["recorded/tape"].kept == "", "a recording of the kit's, on its own, is a run"
 
 
 def test_what_somebody_put_into_a_run_stays(command: Command, outputs: Path):
-    notes = file(run_folder(outputs / "mine") / "notes.txt")
+    run = run_folder(outputs / "mine")
+    (run / "model" / "blip2nb.json").unlink()  # another program's, then
+    theirs = [file(run / name) for name in (".model.old", ".notes.partial/half", "model/config.json", "notes.txt")]
     ended = command("clean", "mine", "--yes", "--output-dir", outputs)
     assert ended.status == 0
-    assert "mine/other stays: it is not of this kit: notes.txt" in ended.err
-    assert [path for path in outputs.rglob("*") if path.is_file()] == [notes]
-
-
-def test_a_model_that_another_program_wrote_stays(command: Command, outputs: Path):
-    (run_folder(outputs / "mine") / "model" / "blip2nb.json").unlink()
-    assert command("clean", "mine/model", "--yes", "--output-dir", outputs).status == 2
-    assert (outputs / "mine" / "model" / "config.json").is_file()
+    assert "mine/other stays: it is not of this kit: .model.old, .notes.partial, notes.txt" in ended.err
+    assert "mine/model stays: it is not a conversion of this kit" in ended.err
+    assert sorted(path for path in outputs.rglob("*") if path.is_file()) == theirs
 
 
 @pytest.mark.parametrize("what", ["", "model", "tape.safetensors", "figures"])
@@ -281,16 +288,6 @@ def test_what_became_a_link_since_it_was_listed_is_refused(outputs: Path):
     assert (elsewhere / "blip2nb.json").is_file()
 
 
-def test_a_recording_alone_is_a_run_and_another_file_of_that_name_is_not(outputs: Path):
-    tape = run_folder(outputs / "mine") / "tape.safetensors"
-    (outputs / "recorded").mkdir()
-    shutil.copy(tape, outputs / "recorded")
-    file(outputs / "strange" / "tape.safetensors")
-    items = listed(outputs)
-    assert items["recorded/tape"].kept == ""
-    assert items["strange"].what == "not ours"
-
-
 def test_a_model_that_was_given_its_own_place_in_outputs_is_found_with_its_proof(command: Command, outputs: Path):
     shutil.move(run_folder(outputs / "mine") / "model", outputs / "named")
     (outputs / "mine").rename(outputs / "named-proof")
@@ -310,52 +307,46 @@ def unfinished(folder: Path, name: str = "model") -> Path:
 
 def test_unfinished_work_has_rows_of_its_own_and_goes_at_one_word(command: Command, outputs: Path, cache: Path):
     unfinished(outputs / "broken_off")
-    unfinished(run_folder(outputs / "mine"))
-    file(outputs / "mine" / ".model.old" / "blip2nb.json")
-    file(outputs / "mine" / "tape.safetensors.partial")
-    file(outputs / "mine" / ".back.pth.partial")
+    run = unfinished(run_folder(outputs / "mine")).parent
+    for name in (".model.old/blip2nb.json", "tape.safetensors.partial", ".back.pth.partial"):
+        file(run / name)
     unfinished(outputs, "named")
     unfinished(cache / "twins", f"{TWIN}-r1")
     for ending in (".partial", ".partial.json", ".lock"):
         file(cache / "lavis" / f"eva_vit_g.pth{ending}")
-    names = {name for name, item in listed(outputs).items() if item.group == clean.UNFINISHED}
-    assert names == {
-        "broken_off/.model.partial", "mine/.model.partial", "mine/tape.safetensors.partial", "mine/.back.pth.partial",
-        ".named.partial", f"twins/.{TWIN}-r1.partial", "downloads/eva_vit_g.pth.partial",
+    sizes = {name: item.size for name, item in listed(outputs).items() if item.group == clean.UNFINISHED}
+    assert sizes == {
+        "broken_off/unfinished": 1000, "mine/unfinished": 4000, "unfinished": 1000, "twins/unfinished": 1000,
+        "downloads/eva_vit_g.pth.partial": 3000,
     }  # fmt: skip
-    assert listed(outputs)["downloads/eva_vit_g.pth.partial"].size == 3000
-    assert listed(outputs)["mine/.model.partial"].size == 2000, "with what was to be replaced"
     assert command("clean", "unfinished", "--yes", "--output-dir", outputs).status == 0
     assert set(listed(outputs)) == {"mine/model", "mine/tape", "mine/rest"}
     assert not [path for path in [*outputs.rglob("*"), *cache.rglob("*")] if path.name.startswith(".")]
     assert not (outputs / "broken_off").exists()
 
 
-def test_what_a_sweep_left_unfinished_is_unfinished_unless_it_is_at_work_and_its_notebooks_are_no_strangers(
-    outputs: Path,
-):
+def test_what_a_sweep_left_is_unfinished_and_the_notebook_that_it_ran_is_no_stranger(command: Command, outputs: Path):
     run = run_folder(outputs / "swept")
-    file(run / "convert.ipynb")
-    (run / RECORD).write_text(json.dumps({"executed": "convert.ipynb"}))
+    record = SweepOutcome("swept", TWIN, "convert", {}, "0123", "finished", executed="convert.ipynb")
+    (run / RECORD).write_text(dumps(record))
+    for notebook in ("convert.ipynb", "mine.ipynb"):
+        file(run / notebook)
     file(outputs / HIDDEN / "other.0123456789ab" / "other" / "half.bin", 5000)
-    items = {item.name: item for item in clean.survey(outputs)}
-    assert "swept/other" not in items
-    assert (items[HIDDEN].group, items[HIDDEN].size, items[HIDDEN].kept) == (clean.UNFINISHED, 5000, "")
     with FileLock(outputs / HIDDEN / "lock"):
-        kept = {item.name: item.kept for item in clean.survey(outputs)}
-    assert kept[HIDDEN] == "another process is writing it now"
-    clean.remove([items[HIDDEN]])
-    assert not (outputs / HIDDEN).exists()
-    assert (run / "convert.ipynb").exists()
+        assert command("clean", "unfinished", "--yes", "--output-dir", outputs).status == 2
+    assert listed(outputs)["unfinished"].size == 5000
+    assert command("clean", "unfinished", "swept", "--yes", "--output-dir", outputs).status == 0
+    assert [path for path in outputs.rglob("*") if path.is_file()] == [run / "mine.ipynb"]
 
 
 def test_a_model_that_was_set_aside_is_a_model_and_not_unfinished(command: Command, outputs: Path):
     """A run that was killed between taking the old model away and putting the new one there left the only copy."""
-    (run_folder(outputs / "mine") / "model").rename(outputs / "mine" / ".model.old")
-    assert listed(outputs)["mine/.model.old"].group == clean.MODELS
-    with pytest.raises(RequestError, match="nothing called 'unfinished'"):
-        clean.choose(clean.survey(outputs), ["unfinished"], output_dir=outputs)
-    assert command("clean", "mine", "--yes", "--output-dir", outputs).status == 0
+    for folder, name in ((run_folder(outputs / "mine"), "model"), (outputs, "named")):
+        shutil.copytree(outputs / "mine" / "model", folder / f".{name}.old")
+    shutil.rmtree(outputs / "mine" / "model")
+    assert {name for name, item in listed(outputs).items() if item.group == clean.MODELS} == {"mine/model", "named"}
+    assert command("clean", "unfinished", "--yes", "--output-dir", outputs).status == 2
+    assert command("clean", "mine", "--models", "--yes", "--output-dir", outputs).status == 0
     assert list(outputs.iterdir()) == []
 
 
@@ -392,13 +383,13 @@ def test_what_another_process_is_writing_stays(command: Command, outputs: Path, 
     file(cache / "lavis" / "eva_vit_g.pth.partial")
     hold(outputs / "mine" / ".model.lock")
     hold(cache / "lavis" / "eva_vit_g.pth.lock")
-    for name in ("mine/.model.partial", "mine/model", "downloads"):
+    for name in ("mine/unfinished", "mine/model", "downloads"):
         ended = command("clean", name, "--yes", "--output-dir", outputs)
         assert (ended.status, len(ended.said)) == (2, 1)
         assert "another process is writing it" in ended.err
     ended = command("clean", "unfinished", "--yes", "--output-dir", outputs)
     assert ended.status == 0
-    assert {line.split()[0] for line in ended.said} == {"mine/.model.partial", "downloads/eva_vit_g.pth.partial"}
+    assert {line.split()[0] for line in ended.said} == {"mine/unfinished", "downloads/eva_vit_g.pth.partial"}
     assert not (outputs / "other").exists()
     assert (outputs / "mine" / ".model.partial" / JOURNAL).is_file()
     assert (outputs / "mine" / "model" / "blip2nb.json").is_file()
@@ -413,20 +404,27 @@ def test_what_another_process_has_begun_to_write_since_it_was_listed_stays(outpu
     assert (outputs / "mine" / "model" / "blip2nb.json").is_file()
 
 
-def test_a_model_whose_removal_was_interrupted_does_not_look_whole(outputs: Path, monkeypatch: pytest.MonkeyPatch):
-    run_folder(outputs / "mine")
+@pytest.mark.parametrize("name", ["model", ".model.old", ".model.partial"])
+def test_a_model_whose_removal_was_interrupted_does_not_look_whole(
+    outputs: Path, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Nor is it put back, or gone on with, by the next conversion, which takes what lies there under these names."""
+    run = run_folder(outputs / "mine")
+    file(run / "model" / JOURNAL)
+    (run / "model").rename(run / name)
+    lock = file(run / ".model.lock", 0)
 
     def interrupted(folder: Path) -> None:
+        assert lock.exists(), "nobody else can begin meanwhile"
         (folder / "config.json").unlink()
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            clean.remove([listed(outputs)["mine/model"]])
-    assert not (outputs / "mine" / "model").exists()
-    assert listed(outputs)["mine/.model.removed"].group == clean.UNFINISHED
-    clean.remove(clean.choose(clean.survey(outputs), ["unfinished"], output_dir=outputs)[0])
+            clean.remove([item for item in clean.survey(outputs) if run / name in item.paths])
+    assert {path.name for path in run.iterdir() if "model" in path.name} == {".model.removed"}
+    clean.remove(clean.choose(clean.survey(outputs), ["unfinished"])[0])
     assert set(listed(outputs)) == {"mine/tape", "mine/rest"}
 
 
@@ -580,7 +578,7 @@ def test_the_stop_button_stops_a_conversion_and_the_same_cell_goes_on(tmp_path: 
     assert ended == "KeyboardInterrupt"
     assert not (tmp_path / TWIN / "model").exists()
     assert not list(partial.glob("*.safetensors")), "nothing that looks like a model"
-    assert any(item.name == f"{TWIN}/.model.partial" for item in clean.survey(tmp_path))
+    assert any(item.name == f"{TWIN}/unfinished" for item in clean.survey(tmp_path))
 
     said, ended = kernel.run(convert)
     assert ended == ""

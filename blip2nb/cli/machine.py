@@ -109,7 +109,9 @@ def clean(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="NAME", help="What to remove, as the list calls it, or a whole run.", show_default=False
+            metavar="NAME",
+            help="What to remove, as the list calls it; a whole run; or all that is unfinished.",
+            show_default=False,
         ),
     ] = None,
     models: Annotated[bool, typer.Option("--models", help="Remove the converted models of all runs.")] = False,
@@ -125,7 +127,7 @@ def clean(
         whole = Listed(tuple(item.row for item in items), sum(item.size for item in items))
         answer(whole, cleaning.table(items), as_json)
         return
-    chosen, kept = cleaning.choose(items, names or [], models, output_dir)
+    chosen, kept = cleaning.choose(items, names or [], models)
     for item in kept:
         print(f"{item.name} stays: {item.kept}", file=sys.stderr)
     if chosen and not yes:
