@@ -372,7 +372,7 @@ def test_what_was_tuned_in_transformers_goes_to_lavis_with_what_has_no_place_the
     run = api.convert(OPT, tmp_path / "back.pth", tmp_path / "model")
     again = Blip2ForConditionalGeneration.from_pretrained(run.model)
     assert torch.equal(again.query_tokens, model.query_tokens)
-    held = [one for one, _ in inverse_tensors(run.model, open_source(variant(OPT)).plan())]
+    held = [one for one, _ in inverse_tensors(run.model, open_source(variant(OPT)).plan)]
     assert len(held) == len(Manifest.read(run.model).parameters)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,15 +18,23 @@ from records import raw
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from blip2nb import api
+from blip2nb.conversion import directory
+from blip2nb.conversion.files import open_source
 from blip2nb.conversion.hub import FIGURE
 from blip2nb.display import narrow
 from blip2nb.display.figures.style import Picture
 from blip2nb.handles import Run
 from blip2nb.lavis_env.reference import SHIPPED_TAPES
+from blip2nb.once import once
 from blip2nb.proof import verify
 from blip2nb.proof.captions import MODES
 from blip2nb.proof.subject import Subject
+from blip2nb.report.manifest import Manifest
 from blip2nb.trace.tape import Tape
+from blip2nb.twins import write_twin
+from blip2nb.variants import variant
+from blip2nb.weights import sources
+from blip2nb.weights.stored import Stored
 
 TWIN = "tiny-blip2-opt-2.7b"
 
@@ -124,3 +133,68 @@ def test_a_process_that_draws_ends_with_who_started_it_and_may_fail(
         assert set(psutil.Process().children()) - before
         raise KeyboardInterrupt
     assert not set(psutil.Process().children()) - before
+
+
+def long_ago(folder: Path) -> None:
+    """What has just been written is read each time, since it might change again within the clock's tick."""
+    for path in folder.rglob("*"):
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+
+
+def test_a_source_is_parsed_once_however_many_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which model it is, whether it fits, what it holds, and what to check it against, in one process."""
+    parsed: list[str] = []
+    real = sources.read_torch_file
+    monkeypatch.setattr(sources, "read_torch_file", lambda path: (parsed.append(path.name), real(path))[1])
+    write_twin(variant(TWIN), tmp_path / "released")
+    trained = torch.load(tmp_path / "released" / variant(TWIN).checkpoint, weights_only=True)
+    config = {"model": {"arch": "blip2_opt", "model_type": variant(TWIN).lavis_type}}
+    torch.save({**trained, "config": config}, tmp_path / "checkpoint_best.pth")
+    long_ago(tmp_path)
+    run = api.convert(TWIN, tmp_path / "checkpoint_best.pth", base=tmp_path / "released", output_dir=tmp_path / "out")
+    files = sorted(parsed)
+    assert "checkpoint_best.pth" in files
+    assert files == sorted(set(files))
+    assert not api.check(run).wrong
+    assert sorted(parsed) == files
+
+
+def test_a_file_that_changed_is_read_again(tmp_path: Path) -> None:
+    read: list[str] = []
+
+    @once
+    def text(path: Path) -> str:
+        read.append(path.name)
+        return path.read_text()
+
+    path = tmp_path / "a"
+    path.write_text("one")
+    assert (text(path), text(path), len(read)) == ("one", "one", 2)  # it might change again within the clock's tick
+    long_ago(tmp_path)
+    assert (text(path), text(path), len(read)) == ("one", "one", 3)
+    path.write_text("two")
+    assert text(path) == "two"
+    long_ago(tmp_path)
+    path.rename(tmp_path / "b")
+    (tmp_path / "a").write_text("new")
+    long_ago(tmp_path)
+    assert text(tmp_path / "a") == "new"
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        text(path)
+
+
+def test_weights_whose_hash_a_conversion_knows_are_not_hashed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest knows it where the files are as they were; else all that they hold is read."""
+    write_twin(variant(TWIN), tmp_path / "released")
+    run = api.convert(TWIN, tmp_path / "released", output_dir=tmp_path / "out")
+    opened = open_source(variant(TWIN), tmp_path / "released")
+    computed = directory.weights_hash(opened)
+    monkeypatch.setattr(Stored, "digest", None)
+    known = directory.as_converted(opened, run.model)
+    assert directory.weights_hash(known) == computed == Manifest.read(run.model).weights_hash
+    long_ago(tmp_path / "released")
+    assert directory.as_converted(opened, run.model) is opened
+    assert directory.as_converted(opened, tmp_path) is opened

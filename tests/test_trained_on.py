@@ -117,7 +117,7 @@ def test_a_coco_model_trained_with_the_tower_frozen(command: Callable[..., Outco
     refused(command, path, "load_finetuned: False (default of caption_coco_opt2.7b: True)")
     opened = open_source(variant(COCO), path, converted(OPT).model)
     assert opened.variant.image_size == 364
-    assert [entry.kind for entry in opened.plan().written if POSITIONS in entry.sources] == ["InterpolatePositions"]
+    assert [entry.kind for entry in opened.plan.written if POSITIONS in entry.sources] == ["InterpolatePositions"]
     tower = "visual_encoder.blocks.0.mlp.fc1.weight"
     eva = open_file(own_files(variant(OPT)).vision)[tower.removeprefix("visual_encoder.")]
     assert opened.tensors.tensors[tower].digest() == eva.digest()
@@ -157,7 +157,7 @@ def test_a_setting_is_let_pass_where_the_checkpoint_holds_all_that_it_could_chan
     model = variant(name)
     path = trainers(tmp_path, part(name, *prefixes), {"model_type": model.lavis_type, **settings})
     if taken:
-        open_source(model, path).plan()
+        _ = open_source(model, path).plan
     else:
         with pytest.raises(RequestError, match="--base"):
             open_source(model, path)
@@ -169,7 +169,7 @@ def test_a_model_named_otherwise_than_it_was_trained_is_compared_with_its_own_ty
     with pytest.raises(RequestError, match=r"model_type: 'pretrain_opt2.7b' \(of tiny-blip2-opt-2.7b-coco"):
         open_source(variant(COCO), path)
     unknown = trainers(tmp_path, part(OPT, *QFORMER), {"model_type": "of_my_own", "load_finetuned": False})
-    open_source(variant(OPT), unknown).plan()
+    assert open_source(variant(OPT), unknown).plan.written
 
 
 def test_a_folder_is_what_was_trained_on_and_that_is_said(
@@ -178,7 +178,7 @@ def test_a_folder_is_what_was_trained_on_and_that_is_said(
     folder, model = source_copy(OPT), variant(OPT)
     settings = {"model_type": model.lavis_type, "pretrained": "A.pth"}
     trainers(tmp_path, part(OPT, *QFORMER), settings).replace(folder / model.checkpoint)
-    open_source(model, folder).plan()
+    assert open_source(model, folder).plan.written
     assert "pretrained: 'A.pth' (default of" in caplog.text
     assert "its folder is taken as all that it was trained on" in caplog.text
 
@@ -192,7 +192,7 @@ def test_a_folder_without_the_fine_tuned_file_beneath_is_refused(source_copy: Ca
     trainers(tmp_path, part(COCO, *QFORMER, "visual_encoder."), {"model_type": model.lavis_type}).replace(
         folder / model.checkpoint
     )
-    open_source(model, folder).plan()
+    assert open_source(model, folder).plan.written
 
 
 @pytest.mark.parametrize("verb", ["capture", "check", "verify"])

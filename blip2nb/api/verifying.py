@@ -73,11 +73,12 @@ def capture(
 def _record(
     run: Run, wanted: Variant, chosen: Chosen | None, origin: Origin, options: LavisOptions, output: str | Path = ""
 ) -> Tape:
+    from blip2nb.conversion.directory import as_converted
     from blip2nb.conversion.files import open_source
     from blip2nb.lavis_env import kernels, reference
 
     lavis = reference.require_lavis(options.python, wanted)
-    opened = open_source(wanted, origin.source, origin.base)
+    opened = as_converted(open_source(wanted, origin.source, origin.base), run.model)
     own = run.tape_path if chosen is None else reference.images_tape(run)
     path = Path(output).expanduser().resolve() if output else own
     with _steps("LAVIS") as say:

@@ -73,8 +73,17 @@ def _same_weights(held: Manifest, opened: Opened) -> bool:
 
 
 def weights_hash(opened: Opened) -> str:
-    """One hash over the parameters that a conversion of this would read. Reads all of them."""
-    return combine(source_digests(opened.plan(), opened.tensors))
+    """One hash over the parameters that a conversion of this would read. Reads all of them, unless it is known."""
+    return opened.known_hash or combine(source_digests(opened.plan, opened.tensors))
+
+
+def as_converted(opened: Opened, folder: Path) -> Opened:
+    """The same with its hash, where a directory was converted from these files and they are as they were then."""
+    if not (folder / MANIFEST).is_file():
+        return opened
+    held = Manifest.read(folder)
+    same = held.variant == opened.variant and _stamps(opened.files) == held.files
+    return dataclasses.replace(opened, known_hash=held.weights_hash) if same else opened
 
 
 def recipe_of(files: Files, dtype: str, max_shard_size: str | int) -> dict[str, str]:
@@ -118,7 +127,7 @@ def write_model(
         RequestError: the files are not the variant's, hold what cannot be converted, or the disk is too small.
     """
     wanted, tensors = opened.variant, opened.tensors
-    work = opened.plan()
+    work = opened.plan
     dtype = recipe["dtype"]
     if dtype == "float16" and wanted.language.kind == "t5":
         log.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Collection, Mapping
@@ -25,13 +26,23 @@ log = logging.getLogger("blip2nb")
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A model to convert: what it is, where its parts lie, its tensors, and its language model's configuration."""
+    """A model to convert.
+
+    Attributes:
+        variant: what it is.
+        files: where its parts lie.
+        tensors: all of them.
+        text: its language model's configuration.
+        known_hash: of its parameters, where a conversion of the same files has noted it; "" where none has.
+    """
 
     variant: Variant
     files: Files
     tensors: Assembled
     text: dict[str, Any]
+    known_hash: str = ""
 
+    @functools.cached_property
     def plan(self) -> Plan:
         """The rules applied to these tensors. Raises RequestError where they are not a whole model."""
         return plan(self.variant, self.tensors.shapes(), interpolate=not self.tensors.trained(POSITIONS))

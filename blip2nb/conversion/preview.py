@@ -90,7 +90,7 @@ def preview(
     exact = not wrong and all(part.here for part in parts)
     if exact:
         opened = open_source(wanted, source, base)
-        slots = target_slots(opened.plan(), opened.tensors, dtype)
+        slots = target_slots(opened.plan, opened.tensors, dtype)
         named, reads = opened.variant, _found(opened, parts)
     else:
         slots = _expected_slots(named, dtype)

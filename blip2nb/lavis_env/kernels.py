@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip2nb.conversion.directory import weights_hash
+from blip2nb.conversion.directory import as_converted, weights_hash
 from blip2nb.conversion.files import Opened, open_source, which
 from blip2nb.errors import OutOfMemory, RequestError, memory_ran_out, no_memory
 from blip2nb.families.captioners import configuration, inputs, lavis
@@ -49,8 +49,8 @@ _FILES = {
 def prepare(
     folder: Path, opened: Opened, source: str, device: str = "cpu", chosen: inputs.Chosen | None = None
 ) -> Path:
-    """Write a request for LAVIS and all it needs into `folder`; returns the request's path. Reads the weights once, for
-    the hash by which a recording and a conversion of the same weights know each other.
+    """Write a request for LAVIS and all it needs into `folder`; returns the request's path. It holds the hash by which
+    a recording and a conversion of the same weights know each other, for which the weights are read unless it is known.
 
     Of images that were chosen every one is recorded. Of the demo's all are captioned, and the first is recorded.
 
@@ -163,7 +163,7 @@ def open_request(
     if not request:
         model = which(model_name, source)
         run = RunPaths.new(model.name, source, run_name, output_dir)
-        opened = open_source(model, source, base)
+        opened = as_converted(open_source(model, source, base), run.model)
         request = str(prepare(run.folder / "request", opened, source or model_name, device))
         return {**lavis.read_request(request), "output": str(run.tape_path)}
     return lavis.read_request(request)

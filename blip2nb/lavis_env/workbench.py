@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from blip2nb.conversion.directory import as_converted
 from blip2nb.conversion.files import open_source
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners import huggingface
@@ -206,7 +207,7 @@ class Workbench:
             self.close()
             log.info("starting LAVIS in a kernel of its own")
             origin = self.run.origin
-            opened = open_source(self.manifest.variant, origin.source, origin.base)
+            opened = as_converted(open_source(self.manifest.variant, origin.source, origin.base), self.run.model)
             session = LavisSession(environment, opened, origin.source)
             if session.source_hash != self.manifest.weights_hash:
                 session.close()

@@ -61,13 +61,13 @@ def before_the_cast(subject: Subject) -> Weights | None:
     source = subject.source
     if source is None:
         return None
-    made = {str(entry.target): entry for entry in source.plan().written}
+    made = {str(entry.target): entry for entry in source.plan.written}
     return lambda name: _made(made[tied.get(name, name)], source) if tied.get(name, name) in made else None
 
 
 def made_again(name: str, source: Opened) -> torch.Tensor | None:
     """Compute a tensor of transformers' from the source once more; None if the conversion makes no such tensor."""
-    entry = next((one for one in source.plan().written if str(one.target) == name), None)
+    entry = next((one for one in source.plan.written if str(one.target) == name), None)
     return None if entry is None else _made(entry, source)
 
 
@@ -113,7 +113,7 @@ class _Held:
     @functools.cached_property
     def _entries(self) -> dict[str, Entry]:
         source = self.subject.source
-        return {} if source is None else {str(entry.target): entry for entry in source.plan().written}
+        return {} if source is None else {str(entry.target): entry for entry in source.plan.written}
 
     def named(self, tensor: torch.Tensor) -> list[str]:
         """Which of transformers' parameters should hold exactly this."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2nb.errors import RequestError, memory_ran_out
+from blip2nb.once import once
 from blip2nb.variants import Variant
 from blip2nb.weights.stored import SIZES, Stored
 from blip2nb.weights.torchfile import Odd, read_torch_file
@@ -28,8 +29,9 @@ def shapes(source: Source) -> dict[str, tuple[int, ...]]:
 # -- one file or folder
 
 
-def open_file(path: Path) -> dict[str, Stored]:
-    """One weights file, by its ending: `.safetensors`, or PyTorch's own format.
+def open_file(path: Path) -> Source:
+    """One weights file, by its ending: `.safetensors`, or PyTorch's own format. It is read once, and what it holds is
+    shared by all who open it.
 
     Raises:
         RequestError: it is missing, not whole, unreadable without running code, or holds no tensors.
@@ -37,7 +39,8 @@ def open_file(path: Path) -> dict[str, Stored]:
     return _open_safetensors(path) if path.suffix == ".safetensors" else open_checkpoint(path)[0]
 
 
-def open_checkpoint(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+@once
+def open_checkpoint(path: Path) -> tuple[Source, Mapping[str, Any]]:
     """A `.pth` or `.bin` file: its tensors, and the training's own configuration where LAVIS's trainer left one.
 
     The tensors are what stands under "model" if there is such a key, else the whole dict, without the `module.` that a
@@ -67,7 +70,8 @@ def _of_known_dtype(path: Path, name: str, value: Stored | Odd) -> Stored:
     return value
 
 
-def _open_safetensors(path: Path) -> dict[str, Stored]:
+@once
+def _open_safetensors(path: Path) -> Source:
     from safetensors import SafetensorError, safe_open
 
     try:
