@@ -5,10 +5,9 @@ The words and the order are the template's (card.md.j2); what is computed for it
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
-import os
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from blip2nb.forms import there
 from blip2nb.report.manifest import Manifest
 from blip2nb.report.schema import Content, Provenance, Reference
 from blip2nb.variants import Variant, variant
+from blip2nb.whole import whole_file
 
 if TYPE_CHECKING:
     from blip2nb.display.figures.style import Picture
@@ -59,16 +59,10 @@ def write(run: RunPaths, figure: Picture | None = None) -> bool:
     return True
 
 
-def _put(folder: Path, wanted: Mapping[str, bytes]) -> None:
-    beside = {name: folder / f".{name}.partial" for name in wanted}
-    try:
-        for name, content in wanted.items():
-            beside[name].write_bytes(content)
-        for name, path in beside.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in beside.values():
-            path.unlink(missing_ok=True)
+def _put(folder: Path, wanted: dict[str, bytes]) -> None:
+    with contextlib.ExitStack() as files:  # all are written before one of them replaces anything
+        for name, content in reversed(wanted.items()):  # left in the other order: the card is the first in its place
+            files.enter_context(whole_file(folder / name)).write_bytes(content)
 
 
 def _figure(report: ReportData, picture: Picture | None) -> bytes | None:
