@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import re
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from blip2nb.errors import RequestError
+from blip2nb.nearest import did_you_mean
 from blip2nb.report.manifest import MANIFEST
 from blip2nb.report.outputs import ItemRow
 from blip2nb.report.runs import RunPaths, outputs_folder
@@ -98,8 +98,7 @@ def choose(
         short = _short(name, outputs_folder(output_dir))
         found = [item for item in items if _is_meant(item, short)]
         if not found:
-            near = difflib.get_close_matches(short, [item.name for item in items], n=1, cutoff=0.6)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(short, [item.name for item in items])
             raise RequestError(
                 f"There is nothing called {name!r} to remove.{hint} `blip2nb clean` lists what there is."
             )

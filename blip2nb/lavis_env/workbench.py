@@ -7,7 +7,6 @@ values at the stages are kept in the run's folder, so that a restarted kernel fi
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import html
 import logging
@@ -24,6 +23,7 @@ from blip2nb.families.captioners.stages import stages
 from blip2nb.lavis_env import reference
 from blip2nb.lavis_env.environment import find_lavis
 from blip2nb.lavis_env.session import LavisModule, LavisSession
+from blip2nb.nearest import did_you_mean
 from blip2nb.proof.behaviour import tape_images
 from blip2nb.proof.provenance import state, versions
 from blip2nb.report.manifest import Manifest
@@ -155,9 +155,7 @@ class Workbench:
 
     def stage(self, name: str) -> Stage:
         if name not in self.stages:
-            near = difflib.get_close_matches(name, self.stages, n=1, cutoff=0.4)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            names = list(self.stages)
+            names, hint = list(self.stages), did_you_mean(name, self.stages)
             some = ", ".join([*names[:3], "…", *names[-2:]])
             raise RequestError(f"There is no stage {name!r}.{hint} There are {len(names)}: {some}.")
         return self.stages[name]
