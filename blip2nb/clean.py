@@ -21,6 +21,7 @@ from blip2nb.nearest import did_you_mean
 from blip2nb.report.manifest import MANIFEST
 from blip2nb.report.outputs import ItemRow
 from blip2nb.report.runs import RunPaths, outputs_folder
+from blip2nb.sizes import as_bytes
 from blip2nb.sweeps.place import HIDDEN, RECORD
 from blip2nb.variants import RELEASED, variant
 from blip2nb.weights.download import cache_folder, locate
@@ -166,20 +167,11 @@ def remove_model(run: RunPaths) -> None:
     remove([_model(run.model, str(run.model), run.model.parent)])
 
 
-def human(size: int) -> str:
-    """Bytes as people read them, in the decimal units of disks."""
-    amount, unit = float(size), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if amount < 999.5:
-            break
-        amount, unit = amount / 1000, larger
-    return f"{amount:.0f} {unit}" if unit == "B" or amount >= 99.5 else f"{amount:.1f} {unit}"
-
-
 def table(items: Sequence[Item]) -> str:
     """The items with their sizes, and the sum of them."""
-    rows = [(item.name, human(item.size), item.what + (f" (kept: {item.kept})" if item.kept else "")) for item in items]
-    rows.append(("total", human(sum(item.size for item in items)), ""))
+    described = [item.what + (f" (kept: {item.kept})" if item.kept else "") for item in items]
+    rows = [(item.name, as_bytes(item.size), what) for item, what in zip(items, described, strict=True)]
+    rows.append(("total", as_bytes(sum(item.size for item in items)), ""))
     width = max(len(name) for name, _, _ in rows)
     return "\n".join(f"{name:<{width}}  {size:>7}  {what}".rstrip() for name, size, what in rows)
 

@@ -15,6 +15,7 @@ from blip2nb.lavis_env.environment import Lavis, find_lavis
 from blip2nb.report.manifest import Manifest
 from blip2nb.report.runs import Origin, RunPaths
 from blip2nb.report.schema import Missing
+from blip2nb.sizes import as_bytes
 from blip2nb.trace.stage import places
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant
@@ -124,7 +125,7 @@ def memory_short(model: Variant) -> str:
     needed, total = memory_proving(model), resources.memory()
     if not total or needed <= 0.9 * total:  # where it cannot be told: try and see
         return ""
-    return f"Running {model.name} in float32 takes {needed / 1e9:.0f} GB of memory; this machine has {total / 1e9:.0f}."
+    return f"Running {model.name} in float32 takes {as_bytes(needed)} of memory; this machine has {as_bytes(total)}."
 
 
 def require_lavis(lavis_python: str | Path, model: Variant) -> Lavis:

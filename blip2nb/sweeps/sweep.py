@@ -18,6 +18,7 @@ from blip2nb.errors import Diverges, RequestError
 from blip2nb.report.store import INCOMPLETE, content_of
 from blip2nb.report.sweep import Entry, Index, Outcome
 from blip2nb.resources import cores
+from blip2nb.sizes import as_bytes
 from blip2nb.sweeps import worker
 from blip2nb.sweeps.asked import Asked
 from blip2nb.sweeps.identity import key_of
@@ -262,8 +263,8 @@ class _Need:
         if proof == "weights" or (not fits and proof != "both"):
             return cls(_BASE + CONVERTING, work)
         if not fits:
-            return cls(0, work, f"Running {model.name} in float32 takes {proving / 1e9:.0f} GB of memory; the largest "
-                       f"worker has {largest / 1e9:.0f}. Use a larger machine, or proof weights.")  # fmt: skip
+            return cls(0, work, f"Running {model.name} in float32 takes {as_bytes(proving)} of memory; the largest "
+                       f"worker has {as_bytes(largest)}. Use a larger machine, or proof weights.")  # fmt: skip
         need = _BASE + proving
         return cls(min(need, largest), work)
 

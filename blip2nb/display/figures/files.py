@@ -9,9 +9,10 @@ from matplotlib.patches import Patch
 
 from blip2nb.display.figures.axes import add_title
 from blip2nb.display.figures.style import FAULT, INK, MUTED, Arrays, Picture, Report, styled
-from blip2nb.display.figures.words import as_bytes, byte_unit, first_few, wrap_text
+from blip2nb.display.figures.words import byte_unit, first_few, wrap_text
 from blip2nb.forms import there
 from blip2nb.report.schema import Weights
+from blip2nb.sizes import as_bytes
 
 _KINDS = {"Rename": "#5B6C8F", "FuseQueryValueBias": "#F0D95B"}  # cividis: dark and light, so they part in grey too
 
