@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from blip2nb.errors import RequestError
-from blip2nb.forms import dumps, reads, record, version_of
+from blip2nb.forms import OtherFormat, dumps, reads_format, record
 from blip2nb.variants import Variant
 
 MANIFEST = "blip2nb.json"
@@ -83,16 +83,15 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """Raises RequestError when the folder is not one of ours, or of a version that is not understood."""
         try:
-            text = (folder / MANIFEST).read_text(encoding="utf-8")
-            if (found := version_of(text, 1)) != FORMAT:
-                raise RequestError(
-                    f"{folder / MANIFEST} has format {found!r}, expected {FORMAT}: another blip2nb wrote it. "
-                    "Use that one, or convert again with overwrite."
-                )
-            return reads(cls, text)
+            return reads_format(cls, (folder / MANIFEST).read_bytes(), FORMAT, unsaid=1)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RequestError(
                 f"{folder} has no {MANIFEST}: expected a directory that `blip2nb convert` wrote. Convert it first."
+            ) from error
+        except OtherFormat as error:
+            raise RequestError(
+                f"{folder / MANIFEST} has format {error.found!r}, expected {FORMAT}: another blip2nb wrote it. "
+                "Use that one, or convert again with overwrite."
             ) from error
         except ValueError as error:
             raise RequestError(f"{folder / MANIFEST} is damaged ({error}). Convert again with overwrite.") from error
