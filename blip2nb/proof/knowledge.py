@@ -13,7 +13,7 @@ from blip2nb.families.captioners.stages import parameter_pairs
 from blip2nb.proof.subject import Subject
 from blip2nb.trace.diagnosis.known import AttributeDifference, Known
 from blip2nb.trace.precision import Weights
-from blip2nb.weights.hashing import digest, digest_as
+from blip2nb.weights.hashing import sha256_as, sha256_of
 from blip2nb.weights.rules import Entry
 
 
@@ -95,7 +95,7 @@ class _Held:
         value = tensor.detach().cpu()
         for reference, rows in parts:
             expected = self.digests[reference]
-            if digest_as(value if rows is None else value[rows], expected) != expected:
+            if sha256_as(value if rows is None else value[rows], expected) != expected:
                 return False
         return parts[0][1] is None or not value.chunk(3)[1].any()
 
@@ -118,7 +118,7 @@ class _Held:
     def named(self, tensor: torch.Tensor) -> list[str]:
         """Which of transformers' parameters should hold exactly this."""
         value = tensor.detach().cpu()
-        digests = [digest(value), *(digest_as(value, f"{like}:") or "" for like in self._dtypes)]
+        digests = [sha256_of(value), *(sha256_as(value, f"{like}:") or "" for like in self._dtypes)]
         return [target for one in dict.fromkeys(digests) for target in self._by_digest.get(one, [])]
 
     @functools.cached_property

@@ -192,7 +192,7 @@ def _finished(tasks: Sequence[Task], where: Place) -> dict[str, Outcome]:
         if record is None or record.key != task.key or record.state != "finished":
             continue
         report = where.read(f"{task.name}/report.json")
-        same = record.report == worker.digest(report)
+        same = record.report == worker.hash_of_report(report)
         there = not record.kept or where.read(f"{task.name}/model/config.json") is not None
         kept = not task.keep_model or (record.keep_model and there)
         if same and kept:

@@ -105,7 +105,7 @@ def run(task: Task, threads: int, say: Callable[..., None], wanted: Callable[[],
         seconds=round(time.monotonic() - began, 2),
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         executed=executed if (made / executed).is_file() else "",
-        report=digest(report.read_bytes() if (report := made / "report.json").is_file() else None),
+        report=hash_of_report(report.read_bytes() if (report := made / "report.json").is_file() else None),
         keep_model=task.keep_model,
         kept=(made / "model").is_dir(),
     )
@@ -267,7 +267,7 @@ def _judge(task: Task, made: Path, said: Mapping[str, Any]) -> Outcome:
     return task.failure(error, traceback)
 
 
-def digest(report: bytes | None) -> str:
+def hash_of_report(report: bytes | None) -> str:
     """A hash of a report as it stands; "" where there is none."""
     return hashlib.sha256(report).hexdigest() if report is not None else ""
 
