@@ -16,7 +16,7 @@ from blip2nb.conversion.hub import FIGURE, README, is_edited, sign
 from blip2nb.display import text
 from blip2nb.forms import there
 from blip2nb.report.manifest import Manifest
-from blip2nb.report.schema import Content, Provenance, Reference
+from blip2nb.report.schema import Content, Reference
 from blip2nb.variants import Variant, variant
 from blip2nb.whole import whole_file
 
@@ -167,19 +167,8 @@ _PLAIN = str.maketrans({"[": "(", "]": ")", "\\": "/"})
 
 def _untold(manifest: Manifest) -> Content:
     """What a report would say of the conversion alone, for the parts of it that the card shares with report.html."""
-    model = manifest.variant
-    made = Provenance(
-        state="",
-        files=(),
-        checkpoints=manifest.checkpoints,
-        weights_hash=manifest.weights_hash,
-        dtype=manifest.dtype,
-        prompt=model.prompt,
-        image_size=model.image_size,
-        language_model=model.language_model,
-        reference=Reference("", "", "", {}, {}),  # so that the command is the whole proof
-    )
-    return Content(model_name=model.name, provenance=made)
+    made = manifest.provenance("", Reference("", "", "", {}, {}))  # so that the command is the whole proof
+    return Content(model_name=manifest.variant.name, provenance=made)
 
 
 def _lines_of_faults(found: Content) -> list[str]:

@@ -14,7 +14,7 @@ from blip2nb.forms import settled
 from blip2nb.proof import behaviour, captions, evidence, rows, takes
 from blip2nb.proof.behaviour import Behaviour, Progress, tape_images
 from blip2nb.proof.findings import in_order, not_whole, of_weights
-from blip2nb.proof.provenance import provenance, versions
+from blip2nb.proof.provenance import reference, state, versions
 from blip2nb.proof.subject import Subject
 from blip2nb.proof.verdict import cause_words, judge, not_judged, not_proven
 from blip2nb.proof.weights import prove_weights
@@ -62,7 +62,7 @@ def verify(
         proof="weights" if tape is None else "both",
         weights=weights,
         versions={"converted with": manifest.versions, "checked with": versions()},
-        provenance=provenance(subject, tape),
+        provenance=manifest.provenance(state(subject.folder), None if tape is None else reference(tape)),
         threshold=THRESHOLD,
     )
     arrays: dict[str, np.ndarray] = {}

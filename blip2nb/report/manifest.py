@@ -8,6 +8,7 @@ from pathlib import Path
 
 from blip2nb.errors import RequestError
 from blip2nb.forms import OtherFormat, dumps, reads_format, record
+from blip2nb.report.schema import Provenance, ReadFile, Reference
 from blip2nb.variants import Variant
 
 MANIFEST = "blip2nb.json"
@@ -78,6 +79,26 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(dumps(self), encoding="utf-8")
+
+    def provenance(self, state: str, reference: Reference | None) -> Provenance:
+        """What a report says of this conversion. Names and hashes only: a report travels, and paths of this machine do
+        not.
+
+        Args:
+            state: of the directory; "" where there is nothing to tell by it.
+            reference: what it was compared with; None for the weights alone.
+        """
+        return Provenance(
+            state=state,
+            files=tuple(ReadFile(one.name, one.size) for one in self.files),
+            checkpoints=self.checkpoints,
+            weights_hash=self.weights_hash,
+            dtype=self.dtype,
+            prompt=self.variant.prompt,
+            image_size=self.variant.image_size,
+            language_model=self.variant.language_model,
+            reference=reference,
+        )
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
