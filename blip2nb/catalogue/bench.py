@@ -34,6 +34,7 @@ from blip2nb.catalogue.planting import Fault
 from blip2nb.catalogue.right import RightModel
 from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.families.captioners import huggingface
+from blip2nb.families.captioners.recording import recording
 from blip2nb.families.captioners.stages import module_pairs, stages
 from blip2nb.nearest import did_you_mean
 from blip2nb.proof.findings import findings
@@ -66,7 +67,7 @@ class Bench:
         self.right, self.tape, self.source = RightModel(folder, tape), tape, functools.cache(source)
         self.stages = stages(self.right.variant)
         pairs = [(pair.stage, pair.reference, pair.candidate) for pair in module_pairs(self.right.variant)]
-        self.known = attribute_differences(tape.metadata["attributes"], self.right.loaded.model, pairs)
+        self.known = attribute_differences(recording(tape)["attributes"], self.right.loaded.model, pairs)
 
     @functools.cached_property
     def healthy(self) -> Comparison:

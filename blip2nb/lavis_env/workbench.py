@@ -19,6 +19,7 @@ import numpy as np
 from blip2nb.conversion.files import open_source
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners import huggingface
+from blip2nb.families.captioners.recording import recording
 from blip2nb.families.captioners.stages import stages
 from blip2nb.lavis_env import reference
 from blip2nb.lavis_env.environment import find_lavis
@@ -149,8 +150,8 @@ class Workbench:
     def __init__(self, run: RunPaths, state: str, manifest: Manifest, tape: Tape):
         self.run, self.manifest, self.tape = run, manifest, tape
         self.stages = {stage.name: stage for stage in stages(manifest.variant)}
-        source = tape.metadata["source_hash"]
-        self._of = {"state": state, "source": source, "inputs": tape.metadata["inputs_hash"], "versions": versions()}
+        source = recording(tape)["source_hash"]
+        self._of = {"state": state, "source": source, "inputs": recording(tape)["inputs_hash"], "versions": versions()}
         self._session: LavisSession | None = None
 
     def stage(self, name: str) -> Stage:
@@ -167,7 +168,7 @@ class Workbench:
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
         image = tape_images(self.tape)[0]
-        return huggingface.forward_inputs(self.loaded, self.manifest.variant, image, self.tape.metadata["texts"])
+        return huggingface.forward_inputs(self.loaded, self.manifest.variant, image, recording(self.tape)["texts"])
 
     @functools.cached_property
     def activations(self) -> Tape:

@@ -9,6 +9,7 @@ import torch
 
 from blip2nb.conversion.files import Opened
 from blip2nb.families.captioners.mapping import entries
+from blip2nb.families.captioners.recording import recording
 from blip2nb.families.captioners.stages import parameter_pairs
 from blip2nb.proof.subject import Subject
 from blip2nb.trace.diagnosis.known import AttributeDifference, Known
@@ -79,7 +80,7 @@ def _made(entry: Entry, source: Opened) -> torch.Tensor:
 class _Held:
     def __init__(self, subject: Subject):
         self.subject = subject
-        self.digests: dict[str, str] = subject.recording.metadata["parameters"]
+        self.digests = recording(subject.recording)["parameters"]
         self.pairs = parameter_pairs(subject.variant)
         self.rows: dict[str, list[tuple[str, slice | None]]] = {}
         for reference, (target, rows) in self.pairs.items():

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from blip2nb._version import __version__
 from blip2nb.conversion.hub import CARD
+from blip2nb.families.captioners.recording import recording
 from blip2nb.report.schema import Reference
 from blip2nb.trace.tape import Tape
 
 
 def reference(tape: Tape) -> Reference:
     """What the report says of the recording that the directory was compared with."""
-    told = tape.metadata
+    told = recording(tape)
     return Reference(
         source_hash=told["source_hash"],
         inputs_hash=told["inputs_hash"],
