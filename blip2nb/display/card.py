@@ -21,6 +21,8 @@ from blip2nb.variants import Variant, variant
 from blip2nb.whole import whole_file
 
 if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
     from blip2nb.display.figures.style import Picture
     from blip2nb.report.runs import RunPaths
     from blip2nb.report.store import ReportData
@@ -96,8 +98,8 @@ def render(manifest: Manifest, report: ReportData | None = None) -> str:
     return sign(str(card).rstrip("\n") + "\n")
 
 
-def metadata(manifest: Manifest) -> Any:
-    """The card's `ModelCardData`. The licence is left to the owner: it depends on what the model was trained on."""
+def metadata(manifest: Manifest) -> ModelCardData:
+    """The card's metadata. The licence is left to the owner: it depends on what the model was trained on."""
     from huggingface_hub import ModelCardData
 
     released, tuned = variant(manifest.model), bool(_trained(manifest))

@@ -28,6 +28,8 @@ from blip2nb.sweeps.worker import Task
 if TYPE_CHECKING:
     import distributed
 
+    from blip2nb.variants import Variant
+
 log = logging.getLogger("blip2nb")
 
 _BASE = 1_300_000_000
@@ -269,7 +271,7 @@ class _Need:
         return cls(min(need, largest), work)
 
 
-def _model_of(run: Asked) -> Any:
+def _model_of(run: Asked) -> Variant | None:
     """The variant that a run is of, as far as that can be told before it runs."""
     source = str(run.parameters.get("source") or run.parameters.get("checkpoint") or "")
     model = run.model or ("" if source else str(run.notebook.declared.get("model_name", "")))
