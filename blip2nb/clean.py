@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,10 +19,12 @@ from safetensors import SafetensorError, safe_open
 
 from blip2nb.errors import RequestError
 from blip2nb.forms import reads
+from blip2nb.nearest import did_you_mean
 from blip2nb.report.manifest import MANIFEST
 from blip2nb.report.outputs import ItemRow
 from blip2nb.report.runs import RunPaths, outputs_folder
 from blip2nb.report.sweep import Outcome
+from blip2nb.sizes import as_bytes
 from blip2nb.sweeps.place import HIDDEN, RECORD
 from blip2nb.variants import RELEASED, variant
 from blip2nb.weights.download import cache_folder, locate
@@ -117,8 +118,7 @@ def _meant(items: Sequence[Item], name: str) -> list[Item]:
     sure = sure or [item for item in items if item.group == short == UNFINISHED]
     found = sure or [item for item in items if _covers(short, item)]
     if not found:
-        close = difflib.get_close_matches(short, [item.name for item in items], n=1, cutoff=0.6)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(short, [item.name for item in items])
         raise RequestError(f"There is nothing called {name!r} to remove.{hint} `blip2nb clean` lists what there is.")
     if all(item.kept for item in found):
         raise RequestError(f"{found[0].name} was not removed: {found[0].kept}.")
@@ -186,20 +186,11 @@ def remove_model(run: RunPaths) -> None:
     remove([_item(str(run.model), MODELS, _MODEL.what, [folder / run.model.name], folder)])
 
 
-def human(size: int) -> str:
-    """Bytes as people read them, in the decimal units of disks."""
-    amount, unit = float(size), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if amount < 999.5:
-            break
-        amount, unit = amount / 1000, larger
-    return f"{amount:.0f} {unit}" if unit == "B" or amount >= 99.5 else f"{amount:.1f} {unit}"
-
-
 def table(items: Sequence[Item]) -> str:
     """The items with their sizes, and the sum of them."""
-    rows = [(item.name, human(item.size), item.what + (f" (kept: {item.kept})" if item.kept else "")) for item in items]
-    rows.append(("total", human(sum(item.size for item in items)), ""))
+    described = [item.what + (f" (kept: {item.kept})" if item.kept else "") for item in items]
+    rows = [(item.name, as_bytes(item.size), what) for item, what in zip(items, described, strict=True)]
+    rows.append(("total", as_bytes(sum(item.size for item in items)), ""))
     width = max(len(name) for name, _, _ in rows)
     return "\n".join(f"{name:<{width}}  {size:>7}  {what}".rstrip() for name, size, what in rows)
 

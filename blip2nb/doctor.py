@@ -11,6 +11,7 @@ from blip2nb.lavis_env import kernels
 from blip2nb.lavis_env.environment import find_lavis
 from blip2nb.report.outputs import MachineFinding
 from blip2nb.report.runs import outputs_folder
+from blip2nb.sizes import as_bytes
 from blip2nb.weights.download import cache_folder
 
 FLOORS = {"torch": "2.6", "torchvision": "0.0", "transformers": "5.15", "papermill": "2.6", "jupyterlab": "4.2"}
@@ -69,13 +70,13 @@ def _disk() -> MachineFinding:
     advice = (
         "" if fine else "A full-size conversion writes 8 to 25 GB beside what it reads; use an output on another disk."
     )
-    return MachineFinding("disk", f"{free / 1e9:.0f} GB free at {place}", fine, advice=advice)
+    return MachineFinding("disk", f"{as_bytes(free)} free at {place}", fine, advice=advice)
 
 
 def _memory() -> MachineFinding:
     free = resources.free_memory()
     advice = "" if free > 17e9 else "Conversion is fine; running blip2-opt-2.7b in float32 takes 15 GB."
-    return MachineFinding("memory", f"{free / 1e9:.0f} GB available", free > 2e9, advice=advice)
+    return MachineFinding("memory", f"{as_bytes(free)} available", free > 2e9, advice=advice)
 
 
 def _cache() -> MachineFinding:

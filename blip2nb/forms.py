@@ -80,10 +80,30 @@ def reads(form: type[T], text: str | bytes) -> T:
         raise ValueError(_first(error)) from error
 
 
-def version_of(text: str | bytes, otherwise: object = None) -> object:
-    """What a JSON file calls its format, `otherwise` where it says nothing. Raises ValueError for what is no JSON."""
-    content = json.loads(text)
-    return content.get("format", otherwise) if isinstance(content, dict) else otherwise
+class OtherFormat(ValueError):
+    """A JSON file is of another format than this version of the kit reads; `found` is what it says."""
+
+    def __init__(self, found: object):
+        super().__init__(f"it has format {found!r}")
+        self.found = found
+
+
+def reads_format(form: type[T], text: str | bytes, known: int, unsaid: int | None = None) -> T:
+    """The record that a JSON text holds, where its field `format` says `known`.
+
+    Args:
+        unsaid: the format of a file that does not say it.
+
+    Raises:
+        OtherFormat: it is of another one, whatever else it holds.
+        ValueError: it is no JSON, or does not fit.
+    """
+    from pydantic_core import from_json
+
+    content = from_json(text)
+    if (found := content.get("format", unsaid) if isinstance(content, dict) else unsaid) != known:
+        raise OtherFormat(found)
+    return made_of(form, content)
 
 
 def made_of(form: type[T], value: Any) -> T:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import html
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from blip2nb.display.difference import ReportDifference
 from blip2nb.errors import RequestError
@@ -16,6 +16,8 @@ from blip2nb.report.runs import RunPaths
 from blip2nb.report.store import ReportData
 
 if TYPE_CHECKING:
+    from blip2nb.display.figures.style import Picture
+    from blip2nb.display.text import Note
     from blip2nb.lavis_env.workbench import Sides
     from blip2nb.trace.step import Step
     from blip2nb.trace.tape import Tape
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 class Report(ReportData):
     """The content of report.json and of arrays.safetensors. Shows its verdict in a notebook."""
 
-    drawn: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    drawn: dict[str, Picture] = dataclasses.field(default_factory=dict, repr=False, compare=False)
     """Figures that are drawn already, by name. `figure` hands out each once and draws a new one from then on."""
 
     def __repr__(self) -> str:
@@ -38,7 +40,7 @@ class Report(ReportData):
 
         return verdict_html(self.content)
 
-    def figure(self, name: str, width: float = 7.0) -> Any:
+    def figure(self, name: str, width: float = 7.0) -> Picture | Note:
         """One of the figures (`plots.FIGURES` lists them), or a note where this report has no data for it.
 
         Raises:
@@ -140,7 +142,7 @@ _PICTURES = (".png", ".svg", ".pdf")
 class Difference(ReportDifference):
     """What is different between two runs, A and B, with a picture of it."""
 
-    def figure(self, width: float = 7.0) -> Any:
+    def figure(self, width: float = 7.0) -> Picture | Note:
         """The comparison as a picture, or a note where a run's behaviour was not compared.
 
         Args:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place, text as UTF-8, and put it there when it is whole: what stood there is replaced."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to; on leaving, that file replaces what stands at `path`, or is removed by an
+    error. It is not synced: after a power cut the file may be an empty one."""
     beside = path.with_name(f"{path.name}.partial")
     try:
-        beside.write_bytes(content if isinstance(content, bytes) else content.encode())
+        yield beside
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, whole or not at all: what stood there is replaced."""
+    with whole_file(path) as beside:
+        beside.write_bytes(content if isinstance(content, bytes) else content.encode())

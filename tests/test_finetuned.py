@@ -147,7 +147,7 @@ def checkpoints(lavis_begins_warm: None, tmp_path_factory: pytest.TempPathFactor
 # load_checkpoint reads what was reverted, over a model of its own files, and every parameter is told by hash
 WORK = """
 import json, sys, torch, record_lavis
-from hashing import digest_as, digest
+from hashing import sha256_as, sha256_of
 
 for path in sys.argv[1:]:
     job = json.load(open(path))
@@ -159,7 +159,7 @@ for path in sys.argv[1:]:
     found = model.load_checkpoint(job["checkpoint"])
     stored = torch.load(job["checkpoint"], weights_only=True)["model"]
     values = dict(model.named_parameters())
-    digests = {name: digest_as(value, digest(stored[name])) for name, value in values.items() if name in stored}
+    digests = {name: sha256_as(value, sha256_of(stored[name])) for name, value in values.items() if name in stored}
     json.dump([list(stored), list(found.unexpected_keys), digests], open(job["found"], "w"))
 """
 REVERTED = [(name, part) for name in ("qformer", "language_too", "coco") for part in ("trained", "all")]

@@ -38,7 +38,7 @@ def disk(place: Path, options: str) -> Iterator[Path]:
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path: Path, forks: Forks):
     with disk(tmp_path / "disk", "size=32m") as place:
         said = one_sentence(forks.run("convert", OPT, "--output", place / "runs" / "model"))
-        assert "needs 0.0 GB" in said
+        assert " MB, and 33.6 MB are free there" in said
         assert "Make room" in said
         assert not list(place.iterdir())
 

@@ -10,7 +10,7 @@ from blip2nb.proof.knowledge import _Held
 from blip2nb.trace.diagnosis.known import attribute_differences
 from blip2nb.trace.tape import attributes, recording
 from blip2nb.variants import variant
-from blip2nb.weights.hashing import digest
+from blip2nb.weights.hashing import sha256_of
 
 TWIN = variant("tiny-blip2-opt-2.7b")
 
@@ -32,7 +32,7 @@ def test_parameters_that_hold_the_same_values_are_named_in_one_order():
     for number, value in enumerate(values):
         names = whole[3 * number : 3 * number + 3]
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
-        digests |= {name: digest(value.to(dtype)) for name, dtype in zip(names, dtypes, strict=True)}
+        digests |= {name: sha256_of(value.to(dtype)) for name, dtype in zip(names, dtypes, strict=True)}
         expected.append([parameter_pairs(TWIN)[name][0] for name in names])
     tape = types.SimpleNamespace(metadata={"parameters": digests})
     subject = types.SimpleNamespace(recording=tape, variant=TWIN)

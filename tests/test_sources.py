@@ -18,7 +18,7 @@ from blip2nb.conversion.files import own_files
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners.mapping import entries
 from blip2nb.variants import TWINS, variant
-from blip2nb.weights.hashing import DTYPE_NAMES, digest
+from blip2nb.weights.hashing import DTYPE_NAMES, sha256_of
 from blip2nb.weights.sources import open_file, open_folder, shapes
 
 # one tensor of every dtype, and the shapes that are easily got wrong
@@ -31,7 +31,7 @@ def check(source, tensors=TENSORS) -> None:
     assert sorted(source) == sorted(tensors)
     assert shapes(source) == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert {name: source[name].dtype for name in tensors} == {n: DTYPE_NAMES[t.dtype] for n, t in tensors.items()}
-    assert {name: digest(source[name].tensor()) for name in tensors} == {n: digest(t) for n, t in tensors.items()}
+    assert {name: sha256_of(source[name].tensor()) for name in tensors} == {n: sha256_of(t) for n, t in tensors.items()}
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before_1.6"])

@@ -21,13 +21,13 @@ from blip2nb.trace.tape import Tape
 from blip2nb.twins import FORMS, Form, twin_tensors
 from blip2nb.variants import RELEASED, TWINS, VARIANTS, variant
 from blip2nb.weights.convert import target_slots
-from blip2nb.weights.hashing import combine, digest
+from blip2nb.weights.hashing import sha256_of, sha256_of_all
 from blip2nb.weights.sources import open_file, open_folder
 from blip2nb.weights.stored import digest_of
 
 
 def weights_hash(name: str) -> str:
-    return combine({tensor: digest(value) for tensor, value in twin_tensors(variant(name)).items()})
+    return sha256_of_all({tensor: sha256_of(value) for tensor, value in twin_tensors(variant(name)).items()})
 
 
 def test_twins_are_bit_identical_in_a_process_with_other_hashes_and_threads(tmp_path: Path):

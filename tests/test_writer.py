@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from blip2nb.errors import RequestError
 from blip2nb.weights import writer
-from blip2nb.weights.hashing import DTYPE_NAMES, DTYPES, digest
+from blip2nb.weights.hashing import DTYPE_NAMES, DTYPES, sha256_of
 from blip2nb.weights.sources import open_file
 from blip2nb.weights.stored import contents
 from blip2nb.weights.writer import ShardFile, Slot, parse_size, shard, whole_directory, write_index
@@ -53,8 +53,8 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path_factory: pytest.Temp
     folder = tmp_path_factory.mktemp("written")
     names = write(folder, content, largest)
     read = [load_file(folder / name) for name in names]
-    assert {name: digest(tensor) for one in read for name, tensor in one.items()} == {
-        name: digest(tensor) for name, tensor in content.items()
+    assert {name: sha256_of(tensor) for one in read for name, tensor in one.items()} == {
+        name: sha256_of(tensor) for name, tensor in content.items()
     }
     assert sum(map(len, read)) == len(content)
     sizes = [sum(tensor.nbytes for tensor in one.values()) for one in read]

@@ -16,11 +16,10 @@ The converted directory itself is never touched: faults of files and configurati
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,9 @@ from blip2nb.catalogue.planting import Fault
 from blip2nb.catalogue.right import RightModel
 from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.families.captioners import huggingface
+from blip2nb.families.captioners.recording import recording
 from blip2nb.families.captioners.stages import module_pairs, stages
+from blip2nb.nearest import did_you_mean
 from blip2nb.proof.findings import findings
 from blip2nb.proof.subject import Subject
 from blip2nb.trace.comparison import compare
@@ -66,7 +67,7 @@ class Bench:
         self.right, self.tape, self.source = RightModel(folder, tape), tape, functools.cache(source)
         self.stages = stages(self.right.variant)
         pairs = [(pair.stage, pair.reference, pair.candidate) for pair in module_pairs(self.right.variant)]
-        self.known = attribute_differences(tape.metadata["attributes"], self.right.loaded.model, pairs)
+        self.known = attribute_differences(recording(tape)["attributes"], self.right.loaded.model, pairs)
 
     @functools.cached_property
     def healthy(self) -> Comparison:
@@ -127,8 +128,8 @@ class Bench:
                 names what is nearest.
         """
         if fault not in CATALOGUE:
-            near = _nearest(fault, CATALOGUE)
-            raise RequestError(f"There is no fault {fault!r}.{near} `blip2nb.faults()` lists all {len(CATALOGUE)}.")
+            hint = did_you_mean(fault, CATALOGUE)
+            raise RequestError(f"There is no fault {fault!r}.{hint} `blip2nb.faults()` lists all {len(CATALOGUE)}.")
         cases = self.cases(CATALOGUE[fault])
         if not cases:
             raise RequestError(f"{fault} cannot be made in {self.right.variant.name}: it fits nowhere there.")
@@ -136,7 +137,7 @@ class Bench:
         if not found:
             at = list(dict.fromkeys(stage for case in cases for stage in case.stages))
             some = ", ".join(at if len(at) < 7 else [*at[:3], "…", *at[-2:]])
-            raise RequestError(f"{fault} does not fit at {where!r}.{_nearest(where, at)} It fits at {some}.")
+            raise RequestError(f"{fault} does not fit at {where!r}.{did_you_mean(where, at)} It fits at {some}.")
         return found[len(found) // 2]
 
     def catalogue(self) -> Listing:
@@ -149,11 +150,3 @@ class Bench:
         targets = fault.targets(self.right if fault.kind == "inputs" else self.right.loaded.model)  # type: ignore[arg-type]
         found = [Case((Placed(fault, target, stages_of(fault, target, kind, self.stages)),)) for target in targets]
         return [case for case in found if case.stages]  # a whole stack in training mode leaves nothing out itself
-
-
-_ALIKE = 0.4  # as for models' names in `variants`; difflib's own is 0.6
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=_ALIKE)
-    return f" Did you mean {near[0]!r}?" if near else ""

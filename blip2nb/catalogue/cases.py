@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from blip2nb.catalogue.planting import Fault, Target
 from blip2nb.catalogue.right import RightModel
 from blip2nb.families.captioners import huggingface
+from blip2nb.whole import whole_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +118,8 @@ def write(fault: Fault, folder: Path, target: Target, seed: int = 0) -> None:
             metadata = file.metadata()
         tensors = load_file(path)
         tensors |= {name: tensor.contiguous() for name, tensor in changed.items() if shards[name] == path}
-        partial = path.with_name(f".{path.name}.partial")
-        save_file(tensors, partial, metadata=metadata)
-        partial.replace(path)  # a new file: what other directories link to stays as it is
+        with whole_file(path) as beside:  # a new file: what other directories link to stays as it is
+            save_file(tensors, beside, metadata=metadata)
 
 
 def _names(path: Path) -> list[str]:

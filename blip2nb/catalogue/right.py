@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2nb.families.captioners import huggingface
+from blip2nb.families.captioners.recording import recording
 from blip2nb.proof.behaviour import tape_images
 from blip2nb.report.manifest import Manifest
 from blip2nb.trace.tape import Tape
@@ -30,7 +31,7 @@ class RightModel:
         self.variant = Manifest.read(folder).variant
         self.loaded = huggingface.load(folder)
         self.image: Image = tape_images(tape)[0]
-        self.texts: dict[str, list[str]] = tape.metadata["texts"]
+        self.texts = recording(tape)["texts"]
         self.inputs = self.prepared(self.loaded)
 
     def prepared(self, loaded: huggingface.Loaded) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from blip2nb.cli.entry import app
 from blip2nb.cli.options import Json, LavisPython, answer, print_json
 from blip2nb.errors import RequestError
 from blip2nb.report.outputs import Listed, Removed
+from blip2nb.sizes import as_bytes
 
 
 @app.command()
@@ -133,7 +134,7 @@ def clean(
     if chosen and not yes:
         _ask_to_remove(cleaning.table(chosen))
     freed = cleaning.remove(chosen)
-    words = f"Removed {', '.join(item.name for item in chosen) or 'nothing'}: {cleaning.human(freed)}."
+    words = f"Removed {', '.join(item.name for item in chosen) or 'nothing'}: {as_bytes(freed)}."
     answer(Removed(tuple(item.row for item in chosen), freed), words, as_json)
 
 

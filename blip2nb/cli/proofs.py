@@ -43,6 +43,7 @@ def capture(
 ) -> None:
     """Have LAVIS itself run the model and record it: the reference that `verify` compares with."""
     from blip2nb import api
+    from blip2nb.families.captioners.recording import recording
 
     tape = api.capture(
         model,
@@ -54,7 +55,7 @@ def capture(
         images=images or (),
         texts=all_texts(text, texts),
     )
-    told = tape.metadata
+    told = recording(tape)
     answer(Recorded(str(tape.path), told["model"], told["weights_hash"], told["versions"]), tape.path, as_json)
 
 

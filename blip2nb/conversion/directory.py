@@ -20,6 +20,7 @@ from blip2nb.errors import RequestError
 from blip2nb.families.captioners.configuration import write_configuration
 from blip2nb.forms import plain
 from blip2nb.report.manifest import MANIFEST, Manifest, SourceFile
+from blip2nb.sizes import as_bytes
 from blip2nb.weights.convert import LOSSY, check_weights, file_hash, source_digests, target_slots, write_weights
 from blip2nb.weights.sources import Files, holds_weights
 from blip2nb.weights.stored import combine
@@ -163,7 +164,7 @@ def _check_disk(target: Path, size: int) -> None:
     free = free_space(target) + _bytes_in(target.with_name(f".{target.name}.partial"))
     if free < size + 64_000_000:
         raise RequestError(
-            f"{target} needs {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there. "
+            f"{target} needs {as_bytes(size)}, and {as_bytes(free)} are free there. "
             "Make room, or name an output on another disk."
         )
 

@@ -15,6 +15,7 @@ from blip2nb.conversion.recognise import configured
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners.mapping import entries, parameter_count
 from blip2nb.report.outputs import Plan, Reading
+from blip2nb.sizes import as_bytes
 from blip2nb.variants import Variant
 from blip2nb.weights.convert import CASTS, KEPT_IN_FLOAT32, target_slots
 from blip2nb.weights.download import Part, cache_folder, locate, remote_size
@@ -35,35 +36,30 @@ class Preview(Plan):
             (
                 "read" if number == 0 else "",
                 one.name,
-                f"{'about ' if one.estimated else ''}{gigabytes(one.size)}",
+                f"{'about ' if one.estimated else ''}{as_bytes(one.size)}",
                 one.where if not one.here else f"{one.path}{f' ({one.where})' if one.where else ''}",
             )
             for number, one in enumerate(self.reads)
         ]
         files = f"{self.shards} file{'s' if self.shards > 1 else ''}, dtype {self.dtype}"
-        rows.append(("write", "model/", gigabytes(self.writes), f"{self.output} ({files})"))
+        rows.append(("write", "model/", as_bytes(self.writes), f"{self.output} ({files})"))
         widths = [max(len(row[n]) for row in rows) for n in range(3)]
         lines = [self.model, ""]
         lines += [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}" for a, b, c, d in rows]
         lines.append("")
-        lines.append(f"  disk    {gigabytes(self.writes)} needed at the output, {gigabytes(self.disk_free)} free there")
+        lines.append(f"  disk    {as_bytes(self.writes)} needed at the output, {as_bytes(self.disk_free)} free there")
         if self.fetch_bytes:
             lines.append(
-                f"          {gigabytes(self.fetch_bytes)} to fetch first, {gigabytes(self.fetch_free)} free for it"
+                f"          {as_bytes(self.fetch_bytes)} to fetch first, {as_bytes(self.fetch_free)} free for it"
             )
         lines += [
-            f"  memory  {gigabytes(self.memory_converting)} for converting, whatever the model's size",
-            f"          {gigabytes(self.memory_float32)} for loading the result in float32, "
-            f"{gigabytes(self.memory_half)} in half precision",
-            f"          {gigabytes(self.memory_proving)} for the second proof; this machine has "
-            f"{gigabytes(self.memory_here)}",
+            f"  memory  {as_bytes(self.memory_converting)} for converting, whatever the model's size",
+            f"          {as_bytes(self.memory_float32)} for loading the result in float32, "
+            f"{as_bytes(self.memory_half)} in half precision",
+            f"          {as_bytes(self.memory_proving)} for the second proof; this machine has "
+            f"{as_bytes(self.memory_here)}",
         ]
         return "\n".join([*lines, *(f"\n  !! {problem}" for problem in self.problems)])
-
-
-def gigabytes(size: int) -> str:
-    """A size in words: gigabytes, or megabytes where it is less than a tenth of one."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def preview(
@@ -126,14 +122,14 @@ def _problems(plan: Preview) -> list[str]:
     out = []
     same_disk = plan.fetch_bytes if plan.one_disk else 0
     if plan.disk_free < plan.writes + same_disk:
-        more = f" beside the {gigabytes(same_disk)} to fetch" if same_disk else ""
+        more = f" beside the {as_bytes(same_disk)} to fetch" if same_disk else ""
         out.append(
-            f"Too little disk: {plan.output} needs {gigabytes(plan.writes)}{more}, and {gigabytes(plan.disk_free)} are "
+            f"Too little disk: {plan.output} needs {as_bytes(plan.writes)}{more}, and {as_bytes(plan.disk_free)} are "
             "free there. Make room, or name an output on another disk."
         )
     elif plan.fetch_free < plan.fetch_bytes:
         out.append(
-            f"Too little disk: {gigabytes(plan.fetch_bytes)} are to be fetched, and {gigabytes(plan.fetch_free)} are "
+            f"Too little disk: {as_bytes(plan.fetch_bytes)} are to be fetched, and {as_bytes(plan.fetch_free)} are "
             "free in the caches. Make room, or fetch the files elsewhere and give them as source."
         )
     return out

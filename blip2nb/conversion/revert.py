@@ -9,11 +9,11 @@ from typing import Any
 
 from blip2nb.bars import progress_bar
 from blip2nb.conversion.directory import free_space
-from blip2nb.conversion.preview import gigabytes
 from blip2nb.conversion.recognise import from_config
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners.mapping import entries
 from blip2nb.report.manifest import MANIFEST, Manifest
+from blip2nb.sizes import as_bytes
 from blip2nb.variants import Variant
 from blip2nb.weights.checkpoint import write_checkpoint
 from blip2nb.weights.rules import Entry, FuseQueryValueBias
@@ -74,7 +74,7 @@ def revert_model(folder: Path, output: Path, part: str, overwrite: bool) -> Reve
     size = sum(stored.nbytes for stored in tensors.values())
     if free_space(output) < size + 1_000_000:
         raise RequestError(
-            f"{output} needs {gigabytes(size)}, and {gigabytes(free_space(output))} are free there. "
+            f"{output} needs {as_bytes(size)}, and {as_bytes(free_space(output))} are free there. "
             "Make room, or name an output on another disk."
         )
     try:

@@ -5,10 +5,9 @@ The words and the order are the template's (card.md.j2); what is computed for it
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
-import os
-from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +16,13 @@ from blip2nb.conversion.hub import FIGURE, README, is_edited, sign
 from blip2nb.display import text
 from blip2nb.forms import there
 from blip2nb.report.manifest import Manifest
-from blip2nb.report.schema import Content, Provenance, Reference
+from blip2nb.report.schema import Content, Reference
 from blip2nb.variants import Variant, variant
+from blip2nb.whole import whole_file
 
 if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
     from blip2nb.display.figures.style import Picture
     from blip2nb.report.runs import RunPaths
     from blip2nb.report.store import ReportData
@@ -59,16 +61,10 @@ def write(run: RunPaths, figure: Picture | None = None) -> bool:
     return True
 
 
-def _put(folder: Path, wanted: Mapping[str, bytes]) -> None:
-    beside = {name: folder / f".{name}.partial" for name in wanted}
-    try:
-        for name, content in wanted.items():
-            beside[name].write_bytes(content)
-        for name, path in beside.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in beside.values():
-            path.unlink(missing_ok=True)
+def _put(folder: Path, wanted: dict[str, bytes]) -> None:
+    with contextlib.ExitStack() as files:  # all are written before one of them replaces anything
+        for name, content in reversed(wanted.items()):  # left in the other order: the card is the first in its place
+            files.enter_context(whole_file(folder / name)).write_bytes(content)
 
 
 def _figure(report: ReportData, picture: Picture | None) -> bytes | None:
@@ -102,8 +98,8 @@ def render(manifest: Manifest, report: ReportData | None = None) -> str:
     return sign(str(card).rstrip("\n") + "\n")
 
 
-def metadata(manifest: Manifest) -> Any:
-    """The card's `ModelCardData`. The licence is left to the owner: it depends on what the model was trained on."""
+def metadata(manifest: Manifest) -> ModelCardData:
+    """The card's metadata. The licence is left to the owner: it depends on what the model was trained on."""
     from huggingface_hub import ModelCardData
 
     released, tuned = variant(manifest.model), bool(_trained(manifest))
@@ -173,19 +169,8 @@ _PLAIN = str.maketrans({"[": "(", "]": ")", "\\": "/"})
 
 def _untold(manifest: Manifest) -> Content:
     """What a report would say of the conversion alone, for the parts of it that the card shares with report.html."""
-    model = manifest.variant
-    made = Provenance(
-        state="",
-        files=(),
-        checkpoints=manifest.checkpoints,
-        weights_hash=manifest.weights_hash,
-        dtype=manifest.dtype,
-        prompt=model.prompt,
-        image_size=model.image_size,
-        language_model=model.language_model,
-        reference=Reference("", "", "", {}, {}),  # so that the command is the whole proof
-    )
-    return Content(model_name=model.name, provenance=made)
+    made = manifest.provenance("", Reference("", "", "", {}, {}))  # so that the command is the whole proof
+    return Content(model_name=manifest.variant.name, provenance=made)
 
 
 def _lines_of_faults(found: Content) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 from blip2nb.display import plots
 from blip2nb.display.faults import Faults
 from blip2nb.display.figures import inside, one_position
+from blip2nb.display.figures.style import Picture
 from blip2nb.forms import there
 from blip2nb.lavis_env import workbench
 from blip2nb.lavis_env.workbench import Sides
@@ -87,7 +88,7 @@ class Explorer:
         self._box = widgets.VBox([*top, self._picture, self._words, self._causes, self._inside])
         self._changed(None)
 
-    def inside(self) -> Any:
+    def inside(self) -> Picture | None:
         """The chosen stage from inside; None where it has no fault, or nothing in it was looked at."""
         return inside.draw(self._here, {}) if inside.available(self._here, {}) else None
 
@@ -102,7 +103,7 @@ class Explorer:
         here = stages.index(self.stage.value)
         self.stage.value = next((one for one in self._faulty if stages.index(one) > here), self._faulty[0])
 
-    def figure(self) -> Any:
+    def figure(self) -> Picture | None:
         """The figure for the controls as they are; None where there is none of such values."""
         name = self.view.value
         if not self._content.stages:

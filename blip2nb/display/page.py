@@ -19,9 +19,10 @@ from PIL import Image
 from blip2nb.display import faults, plots, templates, text
 from blip2nb.display.figures.depth import Depth
 from blip2nb.display.figures.style import Arrays, Report, rasterise
-from blip2nb.display.figures.words import as_bytes, as_count, as_number, as_percent, as_times
+from blip2nb.display.figures.words import as_count, as_number, as_percent, as_times
 from blip2nb.forms import there
 from blip2nb.report import schema
+from blip2nb.sizes import as_bytes
 from blip2nb.whole import write_whole
 
 MOST_ROWS = 200

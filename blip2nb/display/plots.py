@@ -29,7 +29,7 @@ from blip2nb.display.figures import (
     token_by_channel,
     worst_image,
 )
-from blip2nb.display.figures.style import DPI, Arrays, Draw, Picture, Report, rasterise, style
+from blip2nb.display.figures.style import DPI, Arrays, Draw, Picture, Report, Row, rasterise, style
 
 _MODULES: dict[str, ModuleType] = {
     module.__name__.rsplit(".", 1)[1]: module
@@ -72,7 +72,7 @@ def alt_text(name: str, report: Report, arrays: Arrays) -> str:
     return _MODULES[name].alt_text(report, arrays)
 
 
-def table(name: str, report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+def table(name: str, report: Report, arrays: Arrays) -> list[Row]:
     """The data that the figure draws, a dictionary a row, all with the same columns.
 
     Raises:

@@ -29,6 +29,7 @@ from blip2nb.trace.stage import places, places_inside
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant
 from blip2nb.weights.rules import Tied
+from blip2nb.whole import whole_file, write_whole
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 NOTEBOOK = _PACKAGE.parent / "notebooks" / "lavis.ipynb"
@@ -88,7 +89,7 @@ def prepare(
         "output": "tape.safetensors",
     }
     path = folder / "request.json"
-    path.write_text(json.dumps(request, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(request, indent=1) + "\n")
     return path
 
 
@@ -117,7 +118,7 @@ def _chosen(folder: Path, model: Variant, chosen: inputs.Chosen) -> dict[str, An
 
 
 def _write(folder: Path, number: int, png: bytes) -> str:
-    (folder / f"image-{number}.png").write_bytes(png)
+    write_whole(folder / f"image-{number}.png", png)
     return f"image-{number}.png"
 
 
@@ -204,17 +205,9 @@ def capture(
         made = folder / "tape.safetensors"
         if not made.is_file():
             raise RequestError(f"{environment.python} ended without a tape. Try it by hand: blip2nb doctor.")
-        _bring(made, tape)
+        with whole_file(tape) as arriving:
+            shutil.copyfile(made, arriving)
     return Tape(tape)
-
-
-def _bring(made: Path, tape: Path) -> None:
-    arriving = tape.with_name(f"{tape.name}.partial")
-    try:
-        shutil.copyfile(made, arriving)
-        os.replace(arriving, tape)
-    finally:
-        arriving.unlink(missing_ok=True)
 
 
 class _Terminated(SystemExit):

@@ -10,11 +10,13 @@ from blip2nb import resources
 from blip2nb.conversion.preview import memory_proving
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners.inputs import Chosen, demo_hash
+from blip2nb.families.captioners.recording import recording
 from blip2nb.families.captioners.stages import stages
 from blip2nb.lavis_env.environment import Lavis, find_lavis
 from blip2nb.report.manifest import Manifest
 from blip2nb.report.runs import Origin, RunPaths
 from blip2nb.report.schema import Missing
+from blip2nb.sizes import as_bytes
 from blip2nb.trace.stage import places
 from blip2nb.trace.tape import Tape
 from blip2nb.variants import Variant
@@ -46,7 +48,7 @@ def find_tape(run: RunPaths, manifest: Manifest, chosen: Chosen | None = None) -
     for path in (run.tape_path, shipped_tape(model)) if chosen is None else (images_tape(run),):
         if path.is_file():
             tape = open_tape(path)
-            made_of = {name: tape.metadata.get(name) for name in wanted}
+            made_of = {name: recording(tape).get(name) for name in wanted}
             if made_of == wanted and not _unrecorded(tape, manifest):
                 log.info("comparing with the recording %s", path.name)
                 return tape
@@ -64,15 +66,15 @@ def given_tape(path: Path, manifest: Manifest, chosen: Chosen | None = None) -> 
         RequestError: it is none, was made of other weights or inputs, or lacks a place.
     """
     tape = open_tape(path)
+    told = recording(tape)
     again = f"Record again with `blip2nb capture {manifest.model}`."
-    if "source_hash" not in tape.metadata:
+    if "source_hash" not in told:
         raise RequestError(f"{path} is of an older version: it does not say of which files it was made. {again}")
-    if tape.metadata["source_hash"] != manifest.weights_hash:
+    if told["source_hash"] != manifest.weights_hash:
         raise RequestError(
-            f"{path} was recorded on other weights (of {tape.metadata['model']}) than this model was converted from. "
-            f"{again}"
+            f"{path} was recorded on other weights (of {told['model']}) than this model was converted from. {again}"
         )
-    if chosen is not None and tape.metadata["inputs_hash"] != chosen.inputs_hash(manifest.variant):
+    if chosen is not None and told["inputs_hash"] != chosen.inputs_hash(manifest.variant):
         raise RequestError(f"{path} was recorded on other images or texts. Leave out images and texts, or the tape.")
     unrecorded = _unrecorded(tape, manifest)
     if unrecorded:
@@ -124,7 +126,7 @@ def memory_short(model: Variant) -> str:
     needed, total = memory_proving(model), resources.memory()
     if not total or needed <= 0.9 * total:  # where it cannot be told: try and see
         return ""
-    return f"Running {model.name} in float32 takes {needed / 1e9:.0f} GB of memory; this machine has {total / 1e9:.0f}."
+    return f"Running {model.name} in float32 takes {as_bytes(needed)} of memory; this machine has {as_bytes(total)}."
 
 
 def require_lavis(lavis_python: str | Path, model: Variant) -> Lavis:

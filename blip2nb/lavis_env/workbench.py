@@ -7,7 +7,6 @@ values at the stages are kept in the run's folder, so that a restarted kernel fi
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import html
 import logging
@@ -21,10 +20,12 @@ from blip2nb.conversion.directory import as_converted
 from blip2nb.conversion.files import open_source
 from blip2nb.errors import RequestError
 from blip2nb.families.captioners import huggingface
+from blip2nb.families.captioners.recording import recording
 from blip2nb.families.captioners.stages import stages
 from blip2nb.lavis_env import reference
 from blip2nb.lavis_env.environment import find_lavis
 from blip2nb.lavis_env.session import LavisModule, LavisSession
+from blip2nb.nearest import did_you_mean
 from blip2nb.proof.behaviour import tape_images
 from blip2nb.proof.provenance import state, versions
 from blip2nb.report.manifest import Manifest
@@ -150,15 +151,13 @@ class Workbench:
     def __init__(self, run: RunPaths, state: str, manifest: Manifest, tape: Tape):
         self.run, self.manifest, self.tape = run, manifest, tape
         self.stages = {stage.name: stage for stage in stages(manifest.variant)}
-        source = tape.metadata["source_hash"]
-        self._of = {"state": state, "source": source, "inputs": tape.metadata["inputs_hash"], "versions": versions()}
+        source = recording(tape)["source_hash"]
+        self._of = {"state": state, "source": source, "inputs": recording(tape)["inputs_hash"], "versions": versions()}
         self._session: LavisSession | None = None
 
     def stage(self, name: str) -> Stage:
         if name not in self.stages:
-            near = difflib.get_close_matches(name, self.stages, n=1, cutoff=0.4)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            names = list(self.stages)
+            names, hint = list(self.stages), did_you_mean(name, self.stages)
             some = ", ".join([*names[:3], "…", *names[-2:]])
             raise RequestError(f"There is no stage {name!r}.{hint} There are {len(names)}: {some}.")
         return self.stages[name]
@@ -170,7 +169,7 @@ class Workbench:
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
         image = tape_images(self.tape)[0]
-        return huggingface.forward_inputs(self.loaded, self.manifest.variant, image, self.tape.metadata["texts"])
+        return huggingface.forward_inputs(self.loaded, self.manifest.variant, image, recording(self.tape)["texts"])
 
     @functools.cached_property
     def activations(self) -> Tape:

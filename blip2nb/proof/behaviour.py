@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from blip2nb.families.captioners import huggingface
+from blip2nb.families.captioners.recording import recording
 from blip2nb.families.captioners.stages import KNOWN_DIFFERENCES, KnownDifference, module_pairs, stages
 from blip2nb.proof import symptoms
 from blip2nb.proof.knowledge import before_the_cast, knowledge, knowledge_of_cast
@@ -103,7 +104,7 @@ def _differences(
     """What differs in the modules' own attributes: what is known of today's transformers, and what is not."""
     pairs = [(pair.stage, pair.reference, pair.candidate) for pair in module_pairs(model)]
     known, unknown = [], []
-    for difference in attribute_differences(tape.metadata["attributes"], candidate, pairs):
+    for difference in attribute_differences(recording(tape)["attributes"], candidate, pairs):
         match = [one for one in KNOWN_DIFFERENCES if one.explains(difference)]
         if match:
             known.append((match[0], difference))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from blip2nb.families.captioners import huggingface
+from blip2nb.families.captioners.recording import Step, recording
 from blip2nb.proof import evidence, takes
 from blip2nb.report import schema
 from blip2nb.trace.tape import Tape
@@ -35,10 +36,10 @@ def compare(
             at a tie are told from those that differ.
     """
     shown, prompts = takes.shown(tape, images)
-    recorded = tape.metadata["captions"]
+    recorded = recording(tape)["captions"]
     said: dict[str, tuple[str, ...]] = {}
     modes: dict[str, schema.Decoding] = {}
-    steps: list[list] = []
+    steps: list[list[Step]] = []
     for mode, options in MODES.items():
         theirs = recorded[mode]
         ours = takes.caption(loaded, shown, prompts, max_new_tokens=LONGEST, **options)
@@ -52,7 +53,7 @@ def compare(
             huggingface_ids=tuple(map(tuple, ours["ids"])),
         )
     return schema.Captions(
-        prompt=tape.metadata["prompt"],
+        prompt=recording(tape)["prompt"],
         lavis={mode: tuple(recorded[mode]["text"]) for mode in MODES},
         huggingface=said,
         modes=modes,
@@ -69,7 +70,7 @@ def beam_search(tape: Tape, captions: schema.Captions) -> list[schema.KnownDiffe
     """The known difference that is in `generate` and not in any module: listed whatever its effect."""
     import transformers
 
-    old, new = tape.metadata["versions"]["transformers"], transformers.__version__
+    old, new = recording(tape)["versions"]["transformers"], transformers.__version__
     if int(old.split(".")[0]) >= int(new.split(".")[0]):
         return []
     different = captions.modes["default"].equal.count(False)

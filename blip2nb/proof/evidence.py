@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from blip2nb.families.captioners import configuration, huggingface
+from blip2nb.families.captioners.recording import Step
 from blip2nb.report import schema
 from blip2nb.trace.metrics import kl_per_position
 from blip2nb.trace.results import Comparison
@@ -177,11 +178,13 @@ def logits(found: torch.Tensor, expected: torch.Tensor) -> Arrays:
     }
 
 
-def ladder(loaded: huggingface.Loaded, ours: Iterable[list], theirs: Iterable[list]) -> tuple[schema.Ladder, ...]:
+def ladder(
+    loaded: huggingface.Loaded, ours: Iterable[Sequence[Step]], theirs: Iterable[Sequence[Step]]
+) -> tuple[schema.Ladder, ...]:
     """Both models' greedy captions token by token, an item an image."""
     decode = loaded.processor.tokenizer.decode
 
-    def words(steps: list) -> tuple[schema.Step, ...]:
+    def words(steps: Sequence[Step]) -> tuple[schema.Step, ...]:
         return tuple((decode([token]), chosen, decode([other]), second) for token, chosen, other, second in steps)
 
     return tuple(schema.Ladder(words(a), words(b)) for a, b in zip(ours, theirs, strict=True))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from blip2nb.families.captioners import huggingface
+from blip2nb.families.captioners.recording import recording
 from blip2nb.families.captioners.stages import module_pairs, stages
 from blip2nb.proof import behaviour
 from blip2nb.proof.knowledge import knowledge
@@ -44,7 +45,7 @@ def findings(
     if inputs is None:
         tape = subject.recording
         image = behaviour.tape_images(tape)[0]
-        inputs = huggingface.forward_inputs(loaded, subject.variant, image, tape.metadata["texts"])
+        inputs = huggingface.forward_inputs(loaded, subject.variant, image, recording(tape)["texts"])
     seen = behaviour.run(subject, loaded, inputs, progress or (lambda word: None))
     return in_order([*seen.findings, *of_weights(subject, weights, seen.findings)], seen.table)
 

@@ -9,11 +9,12 @@ import torch
 
 from blip2nb.conversion.files import Opened
 from blip2nb.families.captioners.mapping import entries
+from blip2nb.families.captioners.recording import recording
 from blip2nb.families.captioners.stages import parameter_pairs
 from blip2nb.proof.subject import Subject
 from blip2nb.trace.diagnosis.known import AttributeDifference, Known
 from blip2nb.trace.precision import Weights
-from blip2nb.weights.hashing import digest, digest_as
+from blip2nb.weights.hashing import sha256_as, sha256_of
 from blip2nb.weights.rules import Entry
 
 
@@ -79,7 +80,7 @@ def _made(entry: Entry, source: Opened) -> torch.Tensor:
 class _Held:
     def __init__(self, subject: Subject):
         self.subject = subject
-        self.digests: dict[str, str] = subject.recording.metadata["parameters"]
+        self.digests = recording(subject.recording)["parameters"]
         self.pairs = parameter_pairs(subject.variant)
         self.rows: dict[str, list[tuple[str, slice | None]]] = {}
         for reference, (target, rows) in self.pairs.items():
@@ -95,7 +96,7 @@ class _Held:
         value = tensor.detach().cpu()
         for reference, rows in parts:
             expected = self.digests[reference]
-            if digest_as(value if rows is None else value[rows], expected) != expected:
+            if sha256_as(value if rows is None else value[rows], expected) != expected:
                 return False
         return parts[0][1] is None or not value.chunk(3)[1].any()
 
@@ -118,7 +119,7 @@ class _Held:
     def named(self, tensor: torch.Tensor) -> list[str]:
         """Which of transformers' parameters should hold exactly this."""
         value = tensor.detach().cpu()
-        digests = [digest(value), *(digest_as(value, f"{like}:") or "" for like in self._dtypes)]
+        digests = [sha256_of(value), *(sha256_as(value, f"{like}:") or "" for like in self._dtypes)]
         return [target for one in dict.fromkeys(digests) for target in self._by_digest.get(one, [])]
 
     @functools.cached_property

@@ -9,30 +9,15 @@ from pathlib import Path
 
 from blip2nb._version import __version__
 from blip2nb.conversion.hub import CARD
-from blip2nb.proof.subject import Subject
-from blip2nb.report import schema
+from blip2nb.families.captioners.recording import recording
+from blip2nb.report.schema import Reference
 from blip2nb.trace.tape import Tape
 
 
-def provenance(subject: Subject, tape: Tape | None) -> schema.Provenance:
-    """What goes into the report. Names and hashes only: a report travels, and paths of this machine do not."""
-    manifest, model = subject.manifest, subject.variant
-    return schema.Provenance(
-        state=state(subject.folder),
-        files=tuple(schema.ReadFile(one.name, one.size) for one in manifest.files),
-        checkpoints=manifest.checkpoints,
-        weights_hash=manifest.weights_hash,
-        dtype=manifest.dtype,
-        prompt=model.prompt,
-        image_size=model.image_size,
-        language_model=model.language_model,
-        reference=None if tape is None else _reference(tape),
-    )
-
-
-def _reference(tape: Tape) -> schema.Reference:
-    told = tape.metadata
-    return schema.Reference(
+def reference(tape: Tape) -> Reference:
+    """What the report says of the recording that the directory was compared with."""
+    told = recording(tape)
+    return Reference(
         source_hash=told["source_hash"],
         inputs_hash=told["inputs_hash"],
         device=told["device"],

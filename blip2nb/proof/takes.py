@@ -19,6 +19,7 @@ import torch
 
 from blip2nb.families.captioners import configuration, huggingface
 from blip2nb.families.captioners.lavis import in_batches
+from blip2nb.families.captioners.recording import Captioned, ShownTake, Step, recording
 from blip2nb.proof import evidence
 from blip2nb.report import schema
 from blip2nb.trace.comparison import compare
@@ -46,19 +47,21 @@ def shown(tape: Tape, images: Sequence[Image]) -> tuple[list[Image], list[str]]:
     Args:
         images: the recording's, each once.
     """
-    takes = tape.metadata.get("takes")
+    told = recording(tape)
+    takes = told.get("takes")
     if takes is None:
-        return list(images), [tape.metadata["prompt"]] * len(images)
+        return list(images), [told["prompt"]] * len(images)
     return [images[take["picture"]] for take in takes], [take["prompt"] for take in takes]
 
 
-def caption(loaded: huggingface.Loaded, images: Sequence[Image], prompts: Sequence[str], **options: Any) -> dict:
+def caption(loaded: huggingface.Loaded, images: Sequence[Image], prompts: Sequence[str], **options: Any) -> Captioned:
     """`huggingface.caption` of each image behind its own prompt, a few at a time, as LAVIS's were made."""
 
-    def made(prompt: str, numbers: list[int]) -> dict[str, list]:
+    def made(prompt: str, numbers: list[int]) -> Captioned:
         return huggingface.caption(loaded, [images[number] for number in numbers], prompt, **options)
 
-    return in_batches(prompts, made)
+    captions: Captioned = in_batches(prompts, made)
+    return captions
 
 
 def _image(tape: Tape, number: int) -> Image:
@@ -183,8 +186,10 @@ def _run(loaded: huggingface.Loaded, variant: Variant, tape: Tape, table: Sequen
 
 
 def _inputs(loaded: huggingface.Loaded, variant: Variant, tape: Tape, number: int) -> dict[str, Any]:
-    takes = tape.metadata.get("takes") or [{"picture": 0, "texts": tape.metadata["texts"]}]
-    return huggingface.forward_inputs(loaded, variant, _image(tape, takes[number]["picture"]), takes[number]["texts"])
+    told = recording(tape)
+    shown = [(take["picture"], take["texts"]) for take in told.get("takes", [])] or [(0, told["texts"])]
+    picture, texts = shown[number]
+    return huggingface.forward_inputs(loaded, variant, _image(tape, picture), texts)
 
 
 def _pixels(tape: Tape, number: int) -> torch.Tensor:
@@ -207,7 +212,7 @@ def errors(takes: Sequence[Take], tape: Tape, fixed: bool = False) -> list[float
     Args:
         fixed: of the model with the known differences taken out.
     """
-    captions = len(tape.metadata["captions"]["greedy"]["ids"])
+    captions = len(recording(tape)["captions"]["greedy"]["ids"])
     own = [((take.fixed if fixed else None) or take.shipped).error for take in takes]
     return own if len(own) == captions else own[:1] * captions
 
@@ -216,8 +221,8 @@ def ties(
     loaded: huggingface.Loaded,
     images: Sequence[Image],
     prompts: Sequence[str],
-    theirs: Mapping[str, list],
-    ours: Mapping[str, list],
+    theirs: Captioned,
+    ours: Captioned,
     errors: Sequence[float | None],
 ) -> list[bool]:
     """Which captions differ only because two were as good as one another, so that rounding chose.
@@ -230,7 +235,7 @@ def ties(
     tokens, cannot be ranked. A caption that a beam lost half way, by a tie there, is not found so and stays different.
 
     Args:
-        theirs, ours: captions as `huggingface.caption` gives them, greedy ones with their `steps`.
+        theirs, ours: captions, greedy ones with their `steps`.
         errors: per caption, from `errors`. Where it is None nothing is a tie.
     """
     found = []
@@ -245,7 +250,7 @@ def ties(
     return found
 
 
-def _even(theirs: list, ours: list, margin: float) -> bool:
+def _even(theirs: Sequence[Step], ours: Sequence[Step], margin: float) -> bool:
     """Whether two ladders part where, for both models, the other's choice was as likely to within a margin in nats."""
     for (token, chosen, second, least), (other, ours_chosen, ours_second, ours_least) in zip(
         theirs, ours, strict=False
@@ -282,8 +287,9 @@ def summary(
         tape: of chosen inputs.
         captions: the report's own.
     """
-    told = [_told(take) for take in tape.metadata["takes"]]
-    skipped = tuple(schema.Skipped(**one) for one in tape.metadata["skipped"])
+    about = recording(tape)
+    told = [_told(take) for take in about["takes"]]
+    skipped = tuple(schema.Skipped(**one) for one in about["skipped"])
     content = dataclasses.replace(aggregate(told, takes, captions.modes), skipped=skipped)
     number = content.worst.take
     recorded = tape.take(number)
@@ -309,7 +315,7 @@ class Told:
     mode: str
 
 
-def _told(take: Mapping[str, Any]) -> Told:
+def _told(take: ShownTake) -> Told:
     name = PurePath(take["image"]).name
     return Told(name, take["texts"]["text_input"][0], take["prompt"], tuple(take["size"]), take["mode"])
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from blip2nb.families.captioners import huggingface
+from blip2nb.families.captioners.recording import recording
 from blip2nb.forms import settled
 from blip2nb.proof import behaviour, captions, evidence, rows, takes
 from blip2nb.proof.behaviour import Behaviour, Progress, tape_images
 from blip2nb.proof.findings import in_order, not_whole, of_weights
-from blip2nb.proof.provenance import provenance, versions
+from blip2nb.proof.provenance import reference, state, versions
 from blip2nb.proof.subject import Subject
 from blip2nb.proof.verdict import cause_words, judge, not_judged, not_proven
 from blip2nb.proof.weights import prove_weights
@@ -62,7 +63,7 @@ def verify(
         proof="weights" if tape is None else "both",
         weights=weights,
         versions={"converted with": manifest.versions, "checked with": versions()},
-        provenance=provenance(subject, tape),
+        provenance=manifest.provenance(state(subject.folder), None if tape is None else reference(tape)),
         threshold=THRESHOLD,
     )
     arrays: dict[str, np.ndarray] = {}
@@ -88,7 +89,7 @@ def _prove_behaviour(
     say("loading")
     loaded = huggingface.load(subject.folder, content.computed_in)
     images = tape_images(tape)
-    inputs = huggingface.forward_inputs(loaded, model, images[0], tape.metadata["texts"])
+    inputs = huggingface.forward_inputs(loaded, model, images[0], recording(tape)["texts"])
     pixels, arrays = evidence.pixels(subject.folder, tape, inputs["pixel_values"], images[0])
     say("stages")
     seen = behaviour.run(subject, loaded, inputs, say)
@@ -102,7 +103,7 @@ def _prove_behaviour(
         known_differences=tuple(known),
         attribute_differences=tuple(map(str, seen.unknown)),
         faults=tuple(map(rows.fault, faults)),
-        versions={**content.versions, "reference": tape.metadata["versions"]},
+        versions={**content.versions, "reference": recording(tape)["versions"]},
     )
     if seen.shipped.stopped:  # it has no logits and says nothing
         return dataclasses.replace(content, first_divergence=_first_divergence(faults, content)), arrays
@@ -118,7 +119,7 @@ def _prove_behaviour(
     known += captions.beam_search(tape, said)
     content = dataclasses.replace(content, captions=said, known_differences=tuple(known))
     content = dataclasses.replace(content, first_divergence=_first_divergence(faults, content))
-    if "takes" in tape.metadata:
+    if "takes" in recording(tape):
         of_takes, of_images = takes.summary(loaded, model, tape, measured, said)
         content, arrays = dataclasses.replace(content, images=of_takes), arrays | of_images
     content, gathered = _with_evidence(subject, loaded, inputs, seen, content)

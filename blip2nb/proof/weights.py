@@ -9,6 +9,7 @@ import torch
 
 from blip2nb.errors import RequestError, memory_ran_out
 from blip2nb.families.captioners.mapping import entries
+from blip2nb.families.captioners.recording import recording
 from blip2nb.families.captioners.stages import parameter_pairs
 from blip2nb.proof.knowledge import before_the_cast, knowledge_of_cast, made_again
 from blip2nb.proof.subject import Subject
@@ -142,7 +143,7 @@ def _modules(subject: Subject) -> tuple[bool | None, list[str], int]:
     """Compare each parameter that was in LAVIS's modules with the one in the module the stages pair it with."""
     if subject.tape is None:
         return None, [], 0
-    saved, recorded = subject.saved, subject.tape.metadata["parameters"]
+    saved, recorded = subject.saved, recording(subject.tape)["parameters"]
     pairs = parameter_pairs(subject.variant)
     names = set(saved)
     different, covered = [], set()
@@ -153,7 +154,7 @@ def _modules(subject: Subject) -> tuple[bool | None, list[str], int]:
             continue
         covered.add(target)
         tensor = saved[target].tensor()
-        if hashing.digest_as(tensor if rows is None else tensor[rows], expected) != expected:
+        if hashing.sha256_as(tensor if rows is None else tensor[rows], expected) != expected:
             different.append(f"{reference} is not {target}")
     different += [f"{name} has no counterpart in LAVIS" for name in sorted(names - covered)]
     return not different, different, len(recorded)

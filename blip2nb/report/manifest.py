@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from blip2nb.errors import RequestError
-from blip2nb.forms import dumps, reads, record, version_of
+from blip2nb.forms import OtherFormat, dumps, reads_format, record
+from blip2nb.report.schema import Provenance, ReadFile, Reference
 from blip2nb.variants import Variant
 
 MANIFEST = "blip2nb.json"
@@ -79,20 +80,39 @@ class Manifest:
     def write(self, folder: Path) -> None:
         (folder / MANIFEST).write_text(dumps(self), encoding="utf-8")
 
+    def provenance(self, state: str, reference: Reference | None) -> Provenance:
+        """What a report says of this conversion. Names and hashes only: a report travels, and paths of this machine do
+        not.
+
+        Args:
+            state: of the directory; "" where there is nothing to tell by it.
+            reference: what it was compared with; None for the weights alone.
+        """
+        return Provenance(
+            state=state,
+            files=tuple(ReadFile(one.name, one.size) for one in self.files),
+            checkpoints=self.checkpoints,
+            weights_hash=self.weights_hash,
+            dtype=self.dtype,
+            prompt=self.variant.prompt,
+            image_size=self.variant.image_size,
+            language_model=self.variant.language_model,
+            reference=reference,
+        )
+
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Raises RequestError when the folder is not one of ours, or of a version that is not understood."""
         try:
-            text = (folder / MANIFEST).read_text(encoding="utf-8")
-            if (found := version_of(text, 1)) != FORMAT:
-                raise RequestError(
-                    f"{folder / MANIFEST} has format {found!r}, expected {FORMAT}: another blip2nb wrote it. "
-                    "Use that one, or convert again with overwrite."
-                )
-            return reads(cls, text)
+            return reads_format(cls, (folder / MANIFEST).read_bytes(), FORMAT, unsaid=1)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RequestError(
                 f"{folder} has no {MANIFEST}: expected a directory that `blip2nb convert` wrote. Convert it first."
+            ) from error
+        except OtherFormat as error:
+            raise RequestError(
+                f"{folder / MANIFEST} has format {error.found!r}, expected {FORMAT}: another blip2nb wrote it. "
+                "Use that one, or convert again with overwrite."
             ) from error
         except ValueError as error:
             raise RequestError(f"{folder / MANIFEST} is damaged ({error}). Convert again with overwrite.") from error

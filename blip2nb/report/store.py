@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from blip2nb.errors import Diverges, RequestError
-from blip2nb.forms import dumps, reads, version_of
+from blip2nb.forms import OtherFormat, dumps, reads_format
 from blip2nb.report.schema import FORMAT, Content, Missing
-from blip2nb.whole import write_whole
+from blip2nb.whole import whole_file, write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,14 +50,10 @@ class ReportData:
 
         folder.mkdir(parents=True, exist_ok=True)
         arrays, text = folder / "arrays.safetensors", folder / "report.json"
-        beside = arrays.with_name(f"{arrays.name}.partial")
         content = dumps(self.content)
-        try:
+        with whole_file(arrays) as beside:
             save_file(dict(self.arrays), beside)
             text.unlink(missing_ok=True)  # killed now, there is no report, and never one beside another's arrays
-            os.replace(beside, arrays)
-        finally:
-            beside.unlink(missing_ok=True)
         write_whole(text, content)
         return text
 
@@ -91,12 +86,13 @@ def content_of(text: str | bytes, path: str) -> Content:
         RequestError: it was written by a version of the kit with other words.
         ValueError: it is no JSON, or has other fields than a report.
     """
-    found = version_of(text)
-    if found != FORMAT:
+    try:
+        return reads_format(Content, text, FORMAT)
+    except OtherFormat as error:
         raise RequestError(
-            f"{path} has format {found}; this version of blip2nb reads format {FORMAT}. Run `blip2nb verify` again."
-        )
-    return reads(Content, text)
+            f"{path} has format {error.found}; this version of blip2nb reads format {FORMAT}. Run `blip2nb verify` "
+            "again."
+        ) from error
 
 
 INCOMPLETE = 4

@@ -12,8 +12,8 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any, TextIO
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO, TypedDict
 
 
 def main() -> None:
@@ -39,12 +39,18 @@ def _end_with_parent(sockets: str) -> None:
     os._exit(1)
 
 
-def execute(asked: dict[str, Any], say: Callable[..., None]) -> dict[str, Any]:
+class Ended(TypedDict, total=False):
+    """How a notebook ended: `done`, or an error in one line, the exception's name, and its traceback as plain text."""
+
+    done: bool
+    error: str
+    kind: str
+    traceback: str
+
+
+def execute(asked: Mapping[str, Any], say: Callable[..., None]) -> Ended:
     """Run the notebook `asked["input"]` with `asked["parameters"]`, and write it to `asked["output"]` as it goes. The
     kernel's sockets lie in `asked["sockets"]`.
-
-    Returns:
-        {"done": true}, or {"error": one line, "kind": the exception's name, "traceback": plain text}.
     """
     import logging
 

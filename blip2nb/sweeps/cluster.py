@@ -25,7 +25,7 @@ from blip2nb.errors import RequestError
 from blip2nb.report.sweep import Outcome
 from blip2nb.sweeps import worker
 from blip2nb.sweeps.identity import kit
-from blip2nb.sweeps.worker import Task
+from blip2nb.sweeps.worker import Begun, Task
 
 TOPIC = "blip2nb-sweep"
 MEMORY = "MEMORY"
@@ -164,7 +164,7 @@ def run(
     tasks: Sequence[Task],
     needs: Mapping[str, int],
     cores: int,
-    say: Callable[[dict[str, Any]], None],
+    say: Callable[[Begun], None],
     window: int,
 ) -> Iterator[Outcome]:
     """Make all runs, the first ones first, and yield each outcome as it comes.
@@ -172,7 +172,7 @@ def run(
     Args:
         needs: bytes of memory by the run's name.
         cores: those of a worker's machine; 0 for as many as it has threads, as is usual with Dask.
-        say: told of each cell as it begins: `run`, `slot`, `cell`, `of`, `title`. Called in another thread.
+        say: told of each cell as it begins. Called in another thread.
         window: how many are given to Dask at a time. When a worker is lost, Dask holds that against all runs that it
             had been given, begun or not, and gives one up after four; it is then made once more, beside no other.
     """

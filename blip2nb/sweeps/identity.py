@@ -12,10 +12,10 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
+from blip2nb.report.sweep import Value
 from blip2nb.sweeps.asked import Asked
 from blip2nb.weights.download import cache_folder
 
@@ -71,7 +71,7 @@ def has_lavis(lavis_python: str) -> bool:
     return find_lavis(lavis_python) is not None
 
 
-def inputs(parameters: Mapping[str, Any]) -> dict[str, Path]:
+def inputs(parameters: Mapping[str, Value]) -> dict[str, Path]:
     """The files and folders that parameters name, by the parameter."""
     named = {
         name: Path(value).expanduser()

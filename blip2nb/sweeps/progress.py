@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from blip2nb.report.sweep import Outcome
-from blip2nb.sweeps.worker import duration
+from blip2nb.sweeps.worker import Begun, duration
 
 log = logging.getLogger("blip2nb")
 
@@ -41,8 +39,8 @@ class Board:
                 line.close()
             self._redirect.__exit__(kind, error, trace)
 
-    def cell(self, event: Mapping[str, Any]) -> None:
-        """A cell begins: `run`, `slot`, `cell`, `of`, `title`."""
+    def cell(self, event: Begun) -> None:
+        """A cell begins."""
         if not self._live:
             return
         with self._lock:

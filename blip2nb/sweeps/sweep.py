@@ -18,6 +18,7 @@ from blip2nb.errors import Diverges, RequestError
 from blip2nb.report.store import INCOMPLETE, content_of
 from blip2nb.report.sweep import Entry, Index, Outcome
 from blip2nb.resources import cores
+from blip2nb.sizes import as_bytes
 from blip2nb.sweeps import worker
 from blip2nb.sweeps.asked import Asked
 from blip2nb.sweeps.identity import key_of
@@ -26,6 +27,8 @@ from blip2nb.sweeps.worker import Task
 
 if TYPE_CHECKING:
     import distributed
+
+    from blip2nb.variants import Variant
 
 log = logging.getLogger("blip2nb")
 
@@ -191,7 +194,7 @@ def _finished(tasks: Sequence[Task], where: Place) -> dict[str, Outcome]:
         if record is None or record.key != task.key or record.state != "finished":
             continue
         report = where.read(f"{task.name}/report.json")
-        same = record.report == worker.digest(report)
+        same = record.report == worker.hash_of_report(report)
         there = not record.kept or where.read(f"{task.name}/model/config.json") is not None
         kept = not task.keep_model or (record.keep_model and there)
         if same and kept:
@@ -262,13 +265,13 @@ class _Need:
         if proof == "weights" or (not fits and proof != "both"):
             return cls(_BASE + CONVERTING, work)
         if not fits:
-            return cls(0, work, f"Running {model.name} in float32 takes {proving / 1e9:.0f} GB of memory; the largest "
-                       f"worker has {largest / 1e9:.0f}. Use a larger machine, or proof weights.")  # fmt: skip
+            return cls(0, work, f"Running {model.name} in float32 takes {as_bytes(proving)} of memory; the largest "
+                       f"worker has {as_bytes(largest)}. Use a larger machine, or proof weights.")  # fmt: skip
         need = _BASE + proving
         return cls(min(need, largest), work)
 
 
-def _model_of(run: Asked) -> Any:
+def _model_of(run: Asked) -> Variant | None:
     """The variant that a run is of, as far as that can be told before it runs."""
     source = str(run.parameters.get("source") or run.parameters.get("checkpoint") or "")
     model = run.model or ("" if source else str(run.notebook.declared.get("model_name", "")))

@@ -18,17 +18,28 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from blip2nb.report.store import content_of
-from blip2nb.report.sweep import Outcome
+from blip2nb.report.sweep import Outcome, Value
 from blip2nb.resources import CORES
+from blip2nb.sweeps.child import Ended
 from blip2nb.sweeps.leftovers import end, end_leftovers, family, note_processes
 from blip2nb.sweeps.place import FAILED, RECORD, Place, place, relocate
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", CORES)
 _LOOK = 0.5  # seconds between two looks at the clock, and at whether the run is still wanted
+
+
+class Begun(TypedDict):
+    """A cell of a run that begins: the run's name, where it is made, the cell's number of how many, and its heading."""
+
+    run: str
+    slot: str
+    cell: int
+    of: int
+    title: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +58,7 @@ class Task:
     notebook: str
     folder: str
     text: str = dataclasses.field(repr=False)
-    parameters: Mapping[str, Any]
+    parameters: Mapping[str, Value]
     declared: tuple[str, ...]
     output: str
     keep_model: bool
@@ -105,7 +116,7 @@ def run(task: Task, threads: int, say: Callable[..., None], wanted: Callable[[],
         seconds=round(time.monotonic() - began, 2),
         finished=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         executed=executed if (made / executed).is_file() else "",
-        report=digest(report.read_bytes() if (report := made / "report.json").is_file() else None),
+        report=hash_of_report(report.read_bytes() if (report := made / "report.json").is_file() else None),
         keep_model=task.keep_model,
         kept=(made / "model").is_dir(),
     )
@@ -164,7 +175,7 @@ def _start(task: Task, workshop: Path, keep: bool, threads: int, sockets: str) -
     return process
 
 
-def _injected(task: Task, workshop: Path, keep: bool) -> dict[str, Any]:
+def _injected(task: Task, workshop: Path, keep: bool) -> dict[str, Value]:
     """The parameters as papermill is given them: the run's, and where it goes. A notebook that makes runs of its own
     makes them inside."""
     given = dict(task.parameters)
@@ -179,7 +190,7 @@ def _injected(task: Task, workshop: Path, keep: bool) -> dict[str, Any]:
 
 def _attend(
     task: Task, workshop: Path, process: subprocess.Popen, say: Callable[..., None], wanted: Callable[[], bool]
-) -> dict[str, Any]:
+) -> Ended:
     """What the notebook's process said last, or what became of it instead. No process of the run is left then."""
     lines: queue.Queue[bytes | None] = queue.Queue()
     threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
@@ -207,17 +218,17 @@ def _watch(
     lines: queue.Queue[bytes | None],
     say: Callable[..., None],
     wanted: Callable[[], bool],
-) -> dict[str, Any]:
+) -> Ended:
     deadline = time.monotonic() + task.timeout if task.timeout else float("inf")
-    said: dict[str, Any] = {}
     while True:
         with contextlib.suppress(queue.Empty):
             line = lines.get(timeout=_LOOK)
             if line is None:
-                return said
+                return {}
             said = json.loads(line)
             if "cell" not in said:
-                return said
+                ended: Ended = said
+                return ended
             say(**said)
         note_processes(workshop, family(pid))
         if not wanted():
@@ -247,7 +258,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def _judge(task: Task, made: Path, said: Mapping[str, Any]) -> Outcome:
+def _judge(task: Task, made: Path, said: Ended) -> Outcome:
     """What became of the run. That two models differ is a finding: the notebook says so in its last cell by an error,
     and the report in words."""
     verdict = ""
@@ -267,7 +278,7 @@ def _judge(task: Task, made: Path, said: Mapping[str, Any]) -> Outcome:
     return task.failure(error, traceback)
 
 
-def digest(report: bytes | None) -> str:
+def hash_of_report(report: bytes | None) -> str:
     """A hash of a report as it stands; "" where there is none."""
     return hashlib.sha256(report).hexdigest() if report is not None else ""
 

@@ -29,10 +29,10 @@ def tensor_bytes(tensor):
     return memoryview(plain.view(torch.uint8).numpy())
 
 
-def digest(tensor):
+def sha256_of(tensor):
     """ "DTYPE:sha256" over shape and bytes. Two tensors have the same digest when they are bit-identical.
 
-    >>> digest(torch.zeros(2))[:8]
+    >>> sha256_of(torch.zeros(2))[:8]
     'F32:d374'
     """
     name = DTYPE_NAMES[tensor.dtype]
@@ -41,19 +41,19 @@ def digest(tensor):
     return "{}:{}".format(name, sha.hexdigest())
 
 
-def digest_as(tensor, like):
+def sha256_as(tensor, like):
     """The digest of `tensor` cast to the dtype that the digest `like` names, or None if that cast would lose bits.
 
     Lets a float32 parameter be compared with the float16 tensor it was loaded from.
     """
     dtype = DTYPES[like.split(":", 1)[0]]
     if tensor.dtype == dtype:
-        return digest(tensor)
+        return sha256_of(tensor)
     cast = tensor.to(dtype)
-    return digest(cast) if torch.equal(cast.to(tensor.dtype), tensor) else None
+    return sha256_of(cast) if torch.equal(cast.to(tensor.dtype), tensor) else None
 
 
-def combine(digests):
+def sha256_of_all(digests):
     """One hash for many tensors: of a mapping name -> digest, whatever its order."""
     sha = hashlib.sha256()
     for name in sorted(digests):

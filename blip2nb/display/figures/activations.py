@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -24,7 +23,7 @@ from blip2nb.display.figures.axes import (
     zero_place,
 )
 from blip2nb.display.figures.depth import Depth, block_ticks, marker_size, part_lines, part_strip
-from blip2nb.display.figures.style import FAULT, INK, LAVIS, TRANSFORMERS, Arrays, Picture, Report, styled
+from blip2nb.display.figures.style import FAULT, INK, LAVIS, TRANSFORMERS, Arrays, Picture, Report, Row, styled
 from blip2nb.display.figures.words import as_count, as_number, tick_label
 
 _RMS, _LOW, _HIGH, _MAXIMUM = range(4)  # the columns of both arrays
@@ -198,11 +197,11 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     )
 
 
-def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+def table(report: Report, arrays: Arrays) -> list[Row]:
     """A row for each stage."""
     rows = []
     for stage, ours, theirs in zip(report.stages, *_sides(arrays), strict=True):
-        row = {"name": stage.name}
+        row: Row = {"name": stage.name}
         for side, values in (("lavis", ours), ("transformers", theirs)):
             names = (f"{side}_{what}" for what in ("rms", "low", "high", "maximum"))
             row |= dict(zip(names, values.tolist(), strict=True))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.lines import Line2D
 
 from blip2nb.display.figures.axes import add_legend, add_title, draw_dumbbells, legend_key, log_axis
 from blip2nb.display.figures.moves import SMALLEST_MOVE, Move
-from blip2nb.display.figures.style import FAULT, INK, MUTED, Arrays, Picture, Report, styled
+from blip2nb.display.figures.style import FAULT, INK, MUTED, Arrays, Picture, Report, Row, styled
 from blip2nb.display.figures.words import as_count, as_times, to_floats
 from blip2nb.forms import INFINITE
 from blip2nb.report.schema import Stage
@@ -88,7 +87,7 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     return f"{_moves_finding(moves)}. {as_count(still, 'stage')} moved by less than 10 %."
 
 
-def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+def table(report: Report, arrays: Arrays) -> list[Row]:
     """A row for each stage that the fix could move."""
     pairs = [(stage, stage.fixed) for stage in report.stages if stage.fixed]
     return [{"name": stage.name, "excess": stage.excess, "excess_fixed": fixed.excess} for stage, fixed in pairs]

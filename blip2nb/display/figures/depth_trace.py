@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -27,7 +26,7 @@ from blip2nb.display.figures.axes import (
     stretches,
 )
 from blip2nb.display.figures.depth import Depth, block_ticks, marker_size, part_lines, part_strip
-from blip2nb.display.figures.style import FAULT, INK, MUTED, ROUNDING, Arrays, Picture, Report, styled
+from blip2nb.display.figures.style import FAULT, INK, MUTED, ROUNDING, Arrays, Picture, Report, Row, styled
 from blip2nb.display.figures.words import as_count, as_number, as_times, first_few, text_inches, to_floats, wrap_text
 from blip2nb.forms import INFINITE
 from blip2nb.report.schema import FirstDivergence
@@ -215,7 +214,7 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     return words
 
 
-def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+def table(report: Report, arrays: Arrays) -> list[Row]:
     """A row for each stage."""
     keys = ("name", "junction", "arrival_error", "drift", "local_error", "rounding", "excess")
     return [{key: getattr(stage, key) for key in keys} for stage in report.stages]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from matplotlib.patches import Patch
 
 from blip2nb.display.figures.axes import add_title
-from blip2nb.display.figures.style import FAULT, INK, MUTED, Arrays, Picture, Report, styled
-from blip2nb.display.figures.words import as_bytes, byte_unit, first_few, wrap_text
+from blip2nb.display.figures.style import FAULT, INK, MUTED, Arrays, Picture, Report, Row, styled
+from blip2nb.display.figures.words import byte_unit, first_few, wrap_text
 from blip2nb.forms import there
 from blip2nb.report.schema import Weights
+from blip2nb.sizes import as_bytes
 
 _KINDS = {"Rename": "#5B6C8F", "FuseQueryValueBias": "#F0D95B"}  # cividis: dark and light, so they part in grey too
 
@@ -113,7 +113,7 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     return f"{_files_finding(there(report.weights))}. By component: {sizes}."
 
 
-def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+def table(report: Report, arrays: Arrays) -> list[Row]:
     """A row for each component and what was done to its bytes."""
     table = there(report.weights).bytes_by_kind
     return [

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from blip2nb.display.figures.axes import ERROR_DECADES, add_title, draw_markers, log_axis, on_axis
-from blip2nb.display.figures.style import FAULT, HAIRLINE, INK, ROUNDING, Arrays, Picture, Report, styled
+from blip2nb.display.figures.style import FAULT, HAIRLINE, INK, ROUNDING, Arrays, Picture, Report, Row, styled
 from blip2nb.display.figures.words import as_number, to_floats
 from blip2nb.forms import there
 from blip2nb.report.schema import Fusion
@@ -116,7 +116,7 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     return f"LAVIS's query and value bias become one, with zeros for the key. {_fusion_finding(there(report.fusion))}."
 
 
-def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+def table(report: Report, arrays: Arrays) -> list[Row]:
     """A row for each channel of the fused bias."""
     query, value, fused = (np.asarray(arrays[f"fusion/{name}"], dtype=float) for name in ("query", "value", "fused"))
     parts = np.concatenate([query, np.zeros_like(query), value])

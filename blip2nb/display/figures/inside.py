@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -25,7 +24,7 @@ from blip2nb.display.figures.axes import (
     name_zones,
     on_axis,
 )
-from blip2nb.display.figures.style import FAULT, INK, Arrays, Picture, Report, styled
+from blip2nb.display.figures.style import FAULT, INK, Arrays, Picture, Report, Row, styled
 from blip2nb.display.figures.words import as_count, as_times, first_few, text_inches, to_floats, wrap_text
 from blip2nb.forms import INFINITE
 from blip2nb.report.schema import Fault, Place
@@ -220,7 +219,7 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     return f"{words} Likely cause: {said(fault, fault.causes[0])}{f'; {test}' if test else ''}."
 
 
-def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+def table(report: Report, arrays: Arrays) -> list[Row]:
     """A row for each place inside, also those that are not drawn."""
     inside = _Inside.of(report)
     after = {id(place): value for place, value in zip(inside.places, inside.after.tolist(), strict=True)}

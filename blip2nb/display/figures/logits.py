@@ -21,7 +21,7 @@ from blip2nb.display.figures.axes import (
     log_axis,
     ring_key,
 )
-from blip2nb.display.figures.style import FAULT, INK, LAVIS, MUTED, TRANSFORMERS, Arrays, Picture, Report, styled
+from blip2nb.display.figures.style import FAULT, INK, LAVIS, MUTED, TRANSFORMERS, Arrays, Picture, Report, Row, styled
 from blip2nb.display.figures.words import as_number, as_percent, as_token, to_floats
 from blip2nb.forms import there
 
@@ -142,7 +142,7 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     )
 
 
-def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+def table(report: Report, arrays: Arrays) -> list[Row]:
     """A row for each position."""
     columns = {name: np.asarray(arrays[f"logits/{name}"]).tolist() for name in ("kl", "max_abs", "margin")}
     return [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,7 +13,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 
 from blip2nb.display.figures.axes import add_title
 from blip2nb.display.figures.cells import cell_steps, largest_by_cell
-from blip2nb.display.figures.style import HAIRLINE, Arrays, Picture, Report, styled
+from blip2nb.display.figures.style import HAIRLINE, Arrays, Picture, Report, Row, styled
 from blip2nb.display.figures.words import as_number, as_percent
 from blip2nb.forms import there
 
@@ -109,7 +108,7 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     )
 
 
-def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+def table(report: Report, arrays: Arrays) -> list[Row]:
     """A row for each processor and size of difference: how many values are that many grey levels apart."""
     rows = []
     for name in ("pil", "default"):

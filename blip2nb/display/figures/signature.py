@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from blip2nb.display.figures.axes import add_legend, add_title
 from blip2nb.display.figures.examined import Examined, has_examined
-from blip2nb.display.figures.style import FAULT, INK, MUTED, ROUNDING, Arrays, Picture, Report, styled
+from blip2nb.display.figures.style import FAULT, INK, MUTED, ROUNDING, Arrays, Picture, Report, Row, styled
 from blip2nb.display.figures.words import as_number, as_percent
 
 _ENOUGH = 0.5
@@ -336,11 +336,11 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     )
 
 
-def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+def table(report: Report, arrays: Arrays) -> list[Row]:
     """A row for each pattern, with the share that it explains, then one for each hexagon of the page-wide picture, with
     its middle and how many values are in it."""
     signature = _Signature.of(Examined.of(report, arrays))
-    rows: list[dict[str, Any]] = [
+    rows: list[Row] = [
         {"pattern": p.name, "explained": p.explained, "value": None, "residual": None, "count": None}
         for p in signature.patterns
     ]

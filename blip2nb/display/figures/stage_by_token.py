@@ -18,7 +18,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from blip2nb.display.figures.axes import ERROR_DECADES, add_legend, add_title, legend_key, stretches
 from blip2nb.display.figures.depth import Depth, block_ticks
-from blip2nb.display.figures.style import FAULT, HAIRLINE, MUTED, Arrays, Picture, Report, styled
+from blip2nb.display.figures.style import FAULT, HAIRLINE, MUTED, Arrays, Picture, Report, Row, styled
 from blip2nb.display.figures.words import as_count, as_number, as_percent, as_token, tick_label
 
 
@@ -371,7 +371,7 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     return f"Local error of each stage at each of its positions ({parts}). {_finding(report, panels)}."
 
 
-def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+def table(report: Report, arrays: Arrays) -> list[Row]:
     """A row for each stage and position."""
     return [
         {"name": name, "position": place, "text": panel.texts[place] if panel.texts else "", "local_error": error}

@@ -29,6 +29,7 @@ from blip2nb.display.figures.style import (
     Arrays,
     Picture,
     Report,
+    Row,
     styled,
 )
 from blip2nb.display.figures.words import as_count, as_number, as_times, first_few, text_inches, wrap_text
@@ -482,7 +483,7 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     return f"Map of {as_count(len(report.stages), 'place')} in the order of the network: {parts}. {_finding(report)}."
 
 
-def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+def table(report: Report, arrays: Arrays) -> list[Row]:
     """A row for each stage."""
     return [
         {"name": stage.name, "part": _split(_template(stage.name))[0], "lavis": stage.reference,

@@ -19,6 +19,8 @@ from blip2nb.report.schema import Content
 
 Report = Content
 Arrays = Mapping[str, np.ndarray]
+Row = dict[str, object]
+"""Of a figure's data: column -> a number or a text."""
 
 DPI = 200
 """Of the figures' PNG, in a file and in a notebook: two pixels for each of a screen's, and a little more."""

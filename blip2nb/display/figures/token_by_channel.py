@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from blip2nb.display.figures.axes import add_title, draw_markers, hatch_where, log_axis, on_axis, stretches, zero_place
 from blip2nb.display.figures.cells import cell_steps, largest_by_cell
 from blip2nb.display.figures.examined import Examined, has_examined
-from blip2nb.display.figures.style import HAIRLINE, INK, MUTED, Arrays, Picture, Report, styled
+from blip2nb.display.figures.style import HAIRLINE, INK, MUTED, Arrays, Picture, Report, Row, styled
 from blip2nb.display.figures.words import as_number, as_percent, as_token, text_inches
 
 _CELLS = {True: (96, 240), False: (64, 120)}  # at most so many (positions, channels) are told apart, wide or narrow
@@ -230,11 +229,11 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     )
 
 
-def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+def table(report: Report, arrays: Arrays) -> list[Row]:
     """A row for each channel's and each position's RMS difference, then one for each cell of the page-wide picture:
     its first position and channel, and the largest signed difference in it."""
     seen = Examined.of(report, arrays)
-    rows: list[dict[str, Any]] = [
+    rows: list[Row] = [
         {"what": "RMS by channel", "position": None, "channel": place * seen.step, "value": value}
         for place, value in enumerate(_rms(seen, axis=0).tolist())
     ]

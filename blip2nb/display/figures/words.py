@@ -102,11 +102,6 @@ def byte_unit(number: float) -> tuple[float, str]:
     return next(((u, w) for u, w in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if number >= u), (1.0, "bytes"))
 
 
-def as_bytes(number: int) -> str:
-    unit, word = byte_unit(number)
-    return f"{number / unit:.3g} {word}" if unit > 1 else as_count(number, "byte")
-
-
 def as_token(text: str, spaces: bool = True) -> str:
     """A token as it can be drawn: spaces and line ends made visible, letters that the font lacks by their code."""
     drawn = text.replace("\n", "⏎").replace("\t", "⇥")

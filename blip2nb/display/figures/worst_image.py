@@ -33,6 +33,7 @@ from blip2nb.display.figures.style import (
     Arrays,
     Picture,
     Report,
+    Row,
     styled,
 )
 from blip2nb.display.figures.words import as_count, as_number, as_token, to_floats, wrap_text
@@ -206,7 +207,7 @@ def alt_text(report: Report, arrays: Arrays) -> str:
     )
 
 
-def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:
+def table(report: Report, arrays: Arrays) -> list[Row]:
     """A row for each image and text, then one for each token of the worst, whose place is `position`."""
     images = there(report.images)
     rows = [_row(one, None, None, one.kl, one.top1_agreement, one.captions_equal.get("greedy")) for one in images.each]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from blip2nb.errors import RequestError, memory_ran_out
+from blip2nb.families.captioners.recording import Captioned
 from blip2nb.variants import Variant
 
 if TYPE_CHECKING:
@@ -93,12 +94,11 @@ def forward_inputs(loaded: Loaded, variant: Variant, image: Image, texts: dict[s
     return {name: value.to(loaded.model.device) if hasattr(value, "to") else value for name, value in inputs.items()}
 
 
-def caption(loaded: Loaded, images: list[Image], prompt: str, **options: Any) -> dict[str, list]:
+def caption(loaded: Loaded, images: list[Image], prompt: str, **options: Any) -> Captioned:
     """Caption images with `generate` and the processor's own output.
 
     Returns:
-        {"ids": one list per image, from the first new token to the end-of-sequence token, "text": one string per
-        image}, and where one beam is followed "steps": one list per image, as `lavis.ladder` makes it.
+        Token ids and text, and where one beam is followed `steps`.
     """
     import torch
 
@@ -113,5 +113,7 @@ def caption(loaded: Loaded, images: list[Image], prompt: str, **options: Any) ->
     end = language.config.eos_token_id
     ids = [until(row[start:].tolist(), end) for row in out.sequences]
     texts = loaded.processor.batch_decode(ids, skip_special_tokens=True)
-    said: dict[str, list] = {"ids": ids, "text": [one.strip() for one in texts]}
-    return said | ({"steps": ladder(ids, out.logits)} if greedy else {})
+    said: Captioned = {"ids": ids, "text": [one.strip() for one in texts]}
+    if greedy:
+        said["steps"] = ladder(ids, out.logits)
+    return said

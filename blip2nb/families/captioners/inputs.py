@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 from blip2nb.errors import RequestError, memory_ran_out
+from blip2nb.families.captioners.recording import ShownTake
 from blip2nb.variants import Variant
 
 log = logging.getLogger("blip2nb")
@@ -138,7 +138,7 @@ class Chosen:
     texts: tuple[str | None, ...]
     skipped: tuple[Skipped, ...]
 
-    def takes(self, variant: Variant) -> list[dict[str, Any]]:
+    def takes(self, variant: Variant) -> list[ShownTake]:
         """What a request and a tape say of each take."""
         return [
             {

@@ -29,11 +29,11 @@ import torch
 
 if __package__:
     from blip2nb.trace.tape import attributes, first_call, recording, save_tape
-    from blip2nb.weights.hashing import combine, digest, digest_as
+    from blip2nb.weights.hashing import sha256_as, sha256_of, sha256_of_all
     from blip2nb.weights.stored import Stored
     from blip2nb.weights.torchfile import Odd, read_torch_file
 else:  # copied to where LAVIS is
-    from hashing import combine, digest, digest_as  # type: ignore[no-redef]
+    from hashing import sha256_as, sha256_of, sha256_of_all  # type: ignore[no-redef]
     from stored import Stored  # type: ignore[no-redef]
     from tape import attributes, first_call, recording, save_tape  # type: ignore[no-redef]
     from torchfile import Odd, read_torch_file  # type: ignore[no-redef]
@@ -101,7 +101,7 @@ def run(model, digests, request, progress=None):
             "captions": captions,
             "pixels_sha256": [_sha256(one) for one in pixels],
             "parameters": digests,
-            "weights_hash": combine(digests),
+            "weights_hash": sha256_of_all(digests),
             "source_hash": request["source_hash"],
             "inputs_hash": request["inputs_hash"],
             "attributes": attributes(model),
@@ -246,7 +246,7 @@ def build(request):
         raise RuntimeError(
             "The files have no value for {} of LAVIS's parameters, for one {}".format(len(empty), empty[0])
         )
-    digests = {name: digest_as(value, stored[name]) for name, value in model.named_parameters()}
+    digests = {name: sha256_as(value, stored[name]) for name, value in model.named_parameters()}
     return model, digests
 
 
@@ -443,11 +443,11 @@ def fill(model, request):
             if name in aliases:
                 spare[aliases[name]] = value
             elif name in known:
-                stored[name] = digest(value)
+                stored[name] = sha256_of(value)
                 _assign(model, name, value)
         for name, value in spare.items():  # a file may hold a tensor under its second name alone
             if name not in stored:
-                stored[name] = digest(value)
+                stored[name] = sha256_of(value)
                 _assign(model, name, value)
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta and name.endswith("position_ids"):

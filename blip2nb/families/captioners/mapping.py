@@ -9,13 +9,13 @@ the first of them. Everything here is pure: names and shapes, and arithmetic on 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
 
 from blip2nb.errors import RequestError
+from blip2nb.nearest import nearest
 from blip2nb.variants import VARIANTS, Variant
 from blip2nb.weights.rules import (
     Drop,
@@ -310,9 +310,9 @@ def _complaint(
     if missing:
         sentences.append(f"{_count(missing, 'tensor is', 'tensors are')} missing: {_some(missing)}")
     if unknown:
-        near = difflib.get_close_matches(unknown[0], by_source, n=1, cutoff=0.0)
-        nearest = f" (the nearest rule takes {near[0]})" if near else ""
-        sentences.append(f"{_count(unknown, 'tensor is', 'tensors are')} not in the mapping: {_some(unknown)}{nearest}")
+        near = nearest(unknown[0], by_source)
+        hint = f" (the nearest rule takes {near})" if near else ""
+        sentences.append(f"{_count(unknown, 'tensor is', 'tensors are')} not in the mapping: {_some(unknown)}{hint}")
     return (
         f"This is not a whole {variant.name}, which has {len(variant_sources(variant))} tensors: "
         + "; ".join(sentences)
