@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -15,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from blip2nb.errors import RequestError
+from blip2nb.errors import RequestError, did_you_mean
 
 _INJECTED = "# Parameters\n"  # how papermill begins the cell it puts in
 
@@ -185,6 +184,5 @@ def refuse_undeclared(declared: list[str], given: list[str]) -> None:
     """Raises RequestError for the first name that is given and not declared."""
     for name in given:
         if name not in declared:
-            near = difflib.get_close_matches(name, declared, n=1, cutoff=0.5)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, declared)
             raise RequestError(f"This notebook has no parameter {name!r}.{hint} It has: {', '.join(declared)}.")

@@ -7,9 +7,8 @@ Imports nothing heavy.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 
-from blip2nb.errors import RequestError
+from blip2nb.errors import RequestError, did_you_mean
 from blip2nb.forms import record
 
 
@@ -175,6 +174,5 @@ def variant(name: str) -> Variant:
     short = name.rsplit("/", 1)[-1]  # "Salesforce/blip2-opt-2.7b" is the same model
     if short in VARIANTS:
         return VARIANTS[short]
-    near = difflib.get_close_matches(short, VARIANTS, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(short, VARIANTS)
     raise RequestError(f"There is no model {name!r}.{hint} `blip2nb variants` lists all {len(VARIANTS)}.")

@@ -16,11 +16,10 @@ The converted directory itself is never touched: faults of files and configurati
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ from blip2nb.catalogue.cases import Broken, Case, Placed
 from blip2nb.catalogue.marks import expected_of, judge, shows
 from blip2nb.catalogue.planting import Fault
 from blip2nb.catalogue.right import RightModel
-from blip2nb.errors import RequestError, memory_ran_out
+from blip2nb.errors import RequestError, did_you_mean, memory_ran_out
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.stages import module_pairs, stages
 from blip2nb.proof.findings import findings
@@ -127,7 +126,7 @@ class Bench:
                 names what is nearest.
         """
         if fault not in CATALOGUE:
-            near = _nearest(fault, CATALOGUE)
+            near = did_you_mean(fault, CATALOGUE)
             raise RequestError(f"There is no fault {fault!r}.{near} `blip2nb.faults()` lists all {len(CATALOGUE)}.")
         cases = self.cases(CATALOGUE[fault])
         if not cases:
@@ -136,7 +135,7 @@ class Bench:
         if not found:
             at = list(dict.fromkeys(stage for case in cases for stage in case.stages))
             some = ", ".join(at if len(at) < 7 else [*at[:3], "…", *at[-2:]])
-            raise RequestError(f"{fault} does not fit at {where!r}.{_nearest(where, at)} It fits at {some}.")
+            raise RequestError(f"{fault} does not fit at {where!r}.{did_you_mean(where, at)} It fits at {some}.")
         return found[len(found) // 2]
 
     def catalogue(self) -> Listing:
@@ -149,11 +148,3 @@ class Bench:
         targets = fault.targets(self.right if fault.kind == "inputs" else self.right.loaded.model)  # type: ignore[arg-type]
         found = [Case((Placed(fault, target, stages_of(fault, target, kind, self.stages)),)) for target in targets]
         return [case for case in found if case.stages]  # a whole stack in training mode leaves nothing out itself
-
-
-_ALIKE = 0.4  # as for models' names in `variants`; difflib's own is 0.6
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(names), n=1, cutoff=_ALIKE)
-    return f" Did you mean {near[0]!r}?" if near else ""

@@ -7,7 +7,6 @@ values at the stages are kept in the run's folder, so that a restarted kernel fi
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import html
 import logging
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from blip2nb.conversion.files import open_source
-from blip2nb.errors import RequestError
+from blip2nb.errors import RequestError, did_you_mean
 from blip2nb.families.captioners import huggingface
 from blip2nb.families.captioners.stages import stages
 from blip2nb.lavis_env import reference
@@ -155,8 +154,7 @@ class Workbench:
 
     def stage(self, name: str) -> Stage:
         if name not in self.stages:
-            near = difflib.get_close_matches(name, self.stages, n=1, cutoff=0.4)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, self.stages)
             names = list(self.stages)
             some = ", ".join([*names[:3], "…", *names[-2:]])
             raise RequestError(f"There is no stage {name!r}.{hint} There are {len(names)}: {some}.")

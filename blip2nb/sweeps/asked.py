@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import difflib
 import fnmatch
 import functools
 import io
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip2nb.errors import RequestError
+from blip2nb.errors import RequestError, did_you_mean
 from blip2nb.notebook import Parameter, is_given, parameters, refuse_undeclared, typed
 from blip2nb.variants import VARIANTS
 
@@ -78,8 +77,7 @@ def open_notebook(name: str | Path) -> Notebook:
                 "package. Give a notebook's path, or work in a clone of the repository (pip install -e .)."
             )
         there = sorted(one.stem for one in _NOTEBOOKS.glob("*.ipynb"))
-        near = difflib.get_close_matches(given.stem, there, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(given.stem, there)
         raise RequestError(f"There is no notebook {str(name)!r}.{hint} Give a path, or one of: {', '.join(there)}.")
     text = path.read_text(encoding="utf-8")
     try:
@@ -162,8 +160,7 @@ def _rows(pattern: str) -> list[dict[str, Any]]:
     short = pattern.rsplit("/", 1)[-1]  # "Salesforce/blip2-opt-2.7b" is the same model
     names = [name for name in VARIANTS if fnmatch.fnmatchcase(name, short)]
     if not names:
-        near = difflib.get_close_matches(short, VARIANTS, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(short, VARIANTS)
         raise RequestError(
             f"No model is called {pattern!r}.{hint} `blip2nb variants` lists them; a pattern such as 'tiny-*', a "
             "checkpoint, and a .yaml or .csv list of runs will do as well."
