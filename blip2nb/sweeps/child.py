@@ -66,7 +66,7 @@ def execute(asked: dict[str, Any], say: Callable[..., None]) -> dict[str, Any]:
             asked["output"],
             asked["parameters"],
             progress_bar=False,
-            start_timeout=300,  # of a kernel, on a machine that is busy with others
+            start_timeout=300,  # seconds. Chosen: a kernel takes a few, more on a machine that is busy
             cwd=asked["folder"] or None,
             on_cell_execute=begins,
             config=sockets.config(asked["sockets"]),
