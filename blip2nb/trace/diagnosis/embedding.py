@@ -69,7 +69,7 @@ def _nearest(table: torch.Tensor, rows: torch.Tensor) -> list[int] | None:
     """For each row the place in the table where it stands; None where one stands nowhere.
 
     Nearer than any precision rounds is near enough: rounded to bfloat16, a row is 0.002 times its size away; in the
-    twins' tables the next one is at least 0.99 times.
+    twins' tables the next one is 0.88 times or more.
     """
     apart = torch.cdist(rows[None], table[None])[0]
     nearest = apart.min(1)
