@@ -23,7 +23,7 @@ from blip2nb.trace.comparison import compare
 from blip2nb.trace.stage import Stage
 from blip2nb.variants import Variant, variant
 
-BLOCK_INPUTS = 4  # scales of the inputs for each set of weights; the last has one value far larger than all others
+BLOCK_INPUTS = 4  # chosen: scales of the inputs for each set of weights; the last has one value far above all others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Shape:
     tokens: int
 
 
-_TEXT, _ANSWER = 44, 10  # 32 queries and a short text, a short answer
+_TEXT, _ANSWER = 44, 10  # chosen: 32 queries and a short text, a short answer
 
 # positions of the vision tower: patches of 14 by 14 pixels, (224 / 14)² + 1 = 257 and (364 / 14)² + 1 = 677
 SHAPES = (

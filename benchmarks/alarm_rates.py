@@ -28,10 +28,10 @@ OTHER = "other processor"
 UNITS = {"float32": 2**-24, "bfloat16": 2**-8, "float16": 2**-11}
 TAIL_SHARE = 0.05  # the tail is fitted to the largest |z|: so many are 56 of the calibration runs, for two parameters
 PER_MILLION = 1e6
-_BINS = (0, 10, 30, 100, 200, 500, 1_000, 3_000, 10_000, 100_000, math.inf)
+_BINS = (0, 10, 30, 100, 200, 500, 1_000, 3_000, 10_000, 100_000, math.inf)  # chosen: rows of a table, no verdict
 _MANY = 3_000  # values: 1/√N is then below 0.02, and the floor shows
 _QUARTILE = 0.6745  # the median of |x| on a bell curve, in standard deviations
-_FEWEST = 200  # values, below which a tail is not fitted: 5 % of them are 10
+_FEWEST = 200  # values, below which a tail is not fitted: 5 % of them are 10, by choice the fewest for two parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Tail:
 def fit_tail(values: np.ndarray, share: float = TAIL_SHARE) -> Tail:
     """Fit the largest `share` of the values by probability-weighted moments (Hosking and Wallis, 1987)."""
     ordered = np.sort(values)
-    count = max(int(len(ordered) * share), 10)
+    count = max(int(len(ordered) * share), 10)  # as of `_FEWEST`
     start = float(ordered[-count - 1])
     over = ordered[-count:] - start
     mean = float(over.mean())
@@ -151,7 +151,7 @@ def _by_size(rows: Sequence[Row]) -> list[str]:
     lines = []
     for low, high in itertools.pairwise(_BINS):
         here = [stage for stage in stages if low <= stage["carrying"] < high]
-        if len(here) < 5:
+        if len(here) < 5:  # chosen: no spread is told of fewer
             continue
         logs = np.log([stage["excess"] for stage in here])
         z = np.array([stage["z"] for stage in scored(here, floor)])
@@ -194,7 +194,7 @@ def _tail(rows: Sequence[Row]) -> list[str]:
     tail = fit_tail(np.abs([one["z"] for one in few]))
     plain = fit_tail(np.abs(np.log([one["excess"] for one in parts[0]])))
     lines = []
-    for threshold in (1.25, 1.5, 2.0, 2.5, 3.0, 4.0):
+    for threshold in (1.25, 1.5, 2.0, 2.5, 3.0, 4.0):  # around `THRESHOLD`, for comparison
         far = math.log(threshold)
         rates = [plain.beyond(far), float(np.mean([tail.beyond(far / one["spread"]) for one in few]))]
         rates += [tail.beyond(far / math.sqrt(1 / count + floor**2)) for count in (30, 100, 1_000)]
@@ -280,6 +280,7 @@ def _half(rows: Sequence[Row]) -> list[str]:
     return ["## Half precision", said, *parts]
 
 
+# thresholds for comparison; a hundredth is the limit that `metrics.unit` has for the second
 _HALF_MEASURES = {"excess": ("same weights", (2, 3, 5)), "whole": ("float32", (0.003, 0.01, 0.1))}
 
 
@@ -315,7 +316,7 @@ def _single(stage: Row) -> bool:
 def _where(tail: Tail, probability: float) -> float:
     """The value that is exceeded with a probability."""
     low, high = tail.start, tail.start + 1000 * tail.scale
-    for _ in range(100):
+    for _ in range(100):  # halvings: more than float64 can tell apart
         middle = (low + high) / 2
         low, high = (middle, high) if tail.beyond(middle) > probability else (low, middle)
     return high

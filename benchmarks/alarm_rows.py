@@ -15,10 +15,10 @@ THREADS = ((1, 1), (2, 2), (1, 4), (4, 1), (2, 1), (4, 4))
 """LAVIS's and transformers' numbers of threads, taken in turn: products are added up in another order with another
 number. Alike and unlike, up to twice the cores of the machine whose results are shown."""
 
-HALF_EVERY = 2  # half precision runs on every second input: it is two comparisons more
+HALF_EVERY = 2  # half precision runs on every second input, by choice: it is two comparisons more
 IN_SINGLE = 10
 """A stage that transformers keeps in float32 rounds as in float32, within this factor; half precision rounds 2¹³ times
-(float16) or 2¹⁶ times (bfloat16) as much."""
+(float16) or 2¹⁶ times (bfloat16) as much. Chosen: any factor between does."""
 
 Exact = dict[str, tuple[float, float]]
 """Stage -> the distances of LAVIS's and of transformers' float32 output to float64."""

@@ -31,7 +31,7 @@ from blip2nb.families.captioners.mapping import parameter_count
 from blip2nb.weights.convert import CASTS
 
 RESULTS = ROOT / "benchmarks" / "results" / "convert.json"
-SPARE_BYTES = 1_000_000_000  # disk left free beside source and output
+SPARE_BYTES = 1_000_000_000  # disk left free beside source and output. Chosen: a file system that is full is slow
 
 # what a conversion imports into the process that copies, so that its memory can be told from theirs
 IMPORTS = "import blip2nb.cli, blip2nb.api, blip2nb.conversion.directory, blip2nb.conversion.files"
@@ -99,7 +99,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _read_through(folder: Path) -> None:
-    room = bytearray(4 << 20)
+    room = bytearray(4 << 20)  # any size reads the file into the page cache
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with open(path, "rb", buffering=0) as file:
             while file.readinto(room):

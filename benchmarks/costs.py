@@ -22,10 +22,10 @@ from isal import isal_zlib
 
 from benchmarks.synthetic import Noise
 
-PIECE = 1 << 20
-DATA = 256 << 20  # bytes of each round in memory
-FILE = 1 << 30  # bytes of each round on disk
-ROUNDS = 5
+PIECE = 1 << 20  # bytes at a time, as the converter reads them: `weights.stored.PIECE`
+DATA = 256 << 20  # bytes of each round in memory. Chosen: more than a processor's cache holds
+FILE = 1 << 30  # bytes of each round on disk. Chosen: half a second or more, so that starting costs nothing beside it
+ROUNDS = 5  # chosen: their median leaves out two that something else disturbed; on disk, where they are longer, 3
 
 STEPS = (
     "read from the page cache",

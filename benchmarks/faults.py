@@ -40,7 +40,7 @@ from blip2nb.variants import TWINS, variant
 
 RESULTS = ROOT / "benchmarks" / "results" / "faults.md"
 PAIRS = "two at once"
-FEW_STAGES = 4  # of a pair, together: what is in every stage, such as a rounded model, leaves no room for another
+FEW_STAGES = 4  # of a pair, together. Chosen: what is in every stage, as a rounded model, leaves no room for another
 
 
 @dataclasses.dataclass(frozen=True)

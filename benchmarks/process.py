@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLE_SECONDS = 0.01
+SAMPLE_SECONDS = 0.01  # chosen: what is held for less is missed, and to look more often slows down what is measured
 
 Command = Sequence[str | Path]
 
@@ -69,7 +69,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.terminate()
         try:
-            process.wait(timeout=10)
+            process.wait(timeout=10)  # seconds, chosen: to clean up takes one
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -135,7 +135,7 @@ def _short(folder: Path) -> Path:
 
 
 def _many(scratch: Path, times: int) -> tuple[list[str], list[list[str]]]:
-    seeds = ",".join(map(str, range(29)))
+    seeds = ",".join(map(str, range(29)))  # times seven twins: 203 runs
     output = scratch / "out"
     arguments = _sweep(output, "tiny-*", "--notebook", _short(scratch), "--grid", f"seed={seeds}")
     process = subprocess.Popen([*map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

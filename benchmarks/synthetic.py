@@ -32,7 +32,7 @@ from blip2nb.weights.rules import Drop, Tied
 
 SHARD_BYTES = 10_000_000_000  # the largest file of the hub's language models
 PERIOD = 1_000_003  # values after which the noise repeats; prime, so that no shape lines up with it
-SPREAD = 0.02  # the noise's standard deviation; finite in every dtype
+SPREAD = 0.02  # the noise's standard deviation. Chosen: what models are initialised with; finite in every dtype
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -7,11 +7,13 @@ import platform
 import shutil
 
 from blip2nb import resources
+from blip2nb.conversion.preview import memory_proving
 from blip2nb.lavis_env import kernels
 from blip2nb.lavis_env.environment import find_lavis
 from blip2nb.report.outputs import MachineFinding
 from blip2nb.report.runs import outputs_folder
 from blip2nb.sizes import as_bytes
+from blip2nb.variants import variant
 from blip2nb.weights.download import cache_folder
 
 FLOORS = {"torch": "2.6", "torchvision": "0.0", "transformers": "5.15", "papermill": "2.6", "jupyterlab": "4.2"}
@@ -25,7 +27,7 @@ def examine(lavis_python: str = "") -> list[MachineFinding]:
 
 def _python() -> MachineFinding:
     found = platform.python_version()
-    fine = tuple(int(part) for part in found.split(".")[:2]) >= (3, 11)
+    fine = tuple(int(part) for part in found.split(".")[:2]) >= (3, 11)  # as pyproject.toml has it
     return MachineFinding(
         "Python", found, fine, required=True, advice="" if fine else "Python 3.11 or newer is needed."
     )
@@ -62,21 +64,31 @@ def _lavis(lavis_python: str) -> MachineFinding:
     return MachineFinding("LAVIS", f"{lavis.python} ({found})", fine, advice=advice)
 
 
+_ROOM = 20e9
+"""Bytes of disk: room for each released model but blip2-flan-t5-xxl. They are 8 to 18 GB, that one is 47 GB."""
+
+_WORKING = 2e9
+"""Bytes of memory for a kernel and its libraries, 1.1 GB, and for `preview.CONVERTING`; the rest is chosen."""
+
+
 def _disk() -> MachineFinding:
     folder = outputs_folder()
     place = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(place).free
-    fine = free > 20e9
+    fine = free > _ROOM
     advice = (
-        "" if fine else "A full-size conversion writes 8 to 25 GB beside what it reads; use an output on another disk."
+        "" if fine else "A full-size conversion writes 8 to 47 GB beside what it reads; use an output on another disk."
     )
     return MachineFinding("disk", f"{as_bytes(free)} free at {place}", fine, advice=advice)
 
 
 def _memory() -> MachineFinding:
     free = resources.free_memory()
-    advice = "" if free > 17e9 else "Conversion is fine; running blip2-opt-2.7b in float32 takes 15 GB."
-    return MachineFinding("memory", f"{as_bytes(free)} available", free > 2e9, advice=advice)
+    smallest = variant("blip2-opt-2.7b")
+    needed = memory_proving(smallest)
+    advice = f"Conversion is fine; running {smallest.name} in float32 takes {as_bytes(needed)}."
+    words = f"{as_bytes(free)} available"
+    return MachineFinding("memory", words, free > _WORKING, advice="" if free > needed else advice)
 
 
 def _cache() -> MachineFinding:

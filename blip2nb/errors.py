@@ -43,7 +43,8 @@ own, the dynamic linker an ImportError; a thread that has no room for its stack 
 
 
 _LITTLE = 2**26
-"""Bytes that any machine can give on which this kit works; a system that refuses them is at its limit."""
+"""Bytes that any machine can give on which this kit works; a system that refuses them is at its limit. Chosen: any
+value does from what one layer's activations take, some MB, to what is left on a healthy system, some hundred MB."""
 
 
 def memory_ran_out(error: BaseException | None) -> bool:

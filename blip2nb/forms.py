@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 INFINITE = 1e9
-"""What stands for infinity in JSON, which has no word for it: far above any error that is divided by its rounding."""
+"""What stands for infinity in JSON, which has no word for it: thirty times what an output that is all wrong has, 2²⁵ of
+its roundings. What is larger still counts as infinite, too."""
 
 
 @dataclass_transform(frozen_default=True)

@@ -9,6 +9,9 @@ from pathlib import Path
 CORES = "BLIP2NB_CORES"
 """Environment variable: at most so many cores. A sweep gives each of its runs its share."""
 
+SHARE = 0.9
+"""What models may fill of a machine's memory. Chosen: the rest is for the system and whatever runs beside."""
+
 _UNLIMITED = 1 << 60  # version 1 of control groups says "no limit" by a number beyond any memory
 
 

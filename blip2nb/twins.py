@@ -116,7 +116,8 @@ def twin_tensors(variant: Variant, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def _value(variant: Variant, name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """One tensor: noise of a scale that keeps activations sensible, in the dtype the real file has."""
+    """One tensor: noise of a scale that keeps activations sensible, in the dtype the real file has. Norms and
+    biases vary by a tenth, by choice: enough that one in another's place shows."""
     origin = f"{variant.name}/{name}" + (f"/{seed}" if seed else "")
     if name.endswith(("norm.weight", "Norm.weight", "norm1.weight", "norm2.weight", "ln_vision.weight")):
         array = 1 + _noise(origin, shape, 0.1)
@@ -177,7 +178,8 @@ _GAINS: tuple[tuple[str, float], ...] = (
 
 
 def _spread(name: str, shape: tuple[int, ...]) -> float:
-    """The standard deviation of a tensor's values: of a table's as such, of a matrix's by its inputs and `_GAINS`."""
+    """The standard deviation of a tensor's values: of a table's as such, of a matrix's by its inputs and `_GAINS`.
+    Chosen, as those are."""
     if name.endswith(("cls_token", "pos_embed")):
         return 0.2
     if name.endswith(("embed_tokens.weight", "embed_positions.weight")):

@@ -104,6 +104,7 @@ class Variant:
         return {"opt": "opt_model", "t5": "t5_model"}[self.language.kind]
 
 
+# as their configurations on the hub have them
 _OPT_27B = LanguageSizes("opt", width=2560, layers=32, heads=32, mlp=10240, vocabulary=50272)
 _OPT_67B = LanguageSizes("opt", width=4096, layers=32, heads=32, mlp=16384, vocabulary=50272)
 _T5_XL = LanguageSizes("t5", width=2048, layers=24, heads=32, mlp=5120, vocabulary=32128)
@@ -120,7 +121,7 @@ _RELEASED = (
     ("blip2-flan-t5-xxl", "pretrain_flant5xxl", "google/flan-t5-xxl", _T5_XXL, "blip2_pretrained_flant5xxl.pth"),
 )
 
-# A twin keeps the proportions: widths divided, heads and depth reduced, the ratio of LAVIS's MLP kept.
+# Chosen: a twin keeps the proportions, widths divided, heads and depth reduced, the ratio of LAVIS's MLP kept.
 _TWIN_VISION = VisionSizes(width=44, layers=6, heads=4, mlp=192)
 _TWIN_QFORMER = QFormerSizes(width=48, layers=4, heads=4, mlp=192)
 _TWIN_LANGUAGE = {

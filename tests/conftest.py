@@ -199,9 +199,10 @@ def large(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Iterator[La
     from forks import Large, grow
 
     folder = tmp_path_factory.mktemp("large")
+    # chosen: large enough that a signal finds a conversion at work
     made = Large(grow(folder / "source", width=256, layers=14), {}, 0)
     times = []
-    for number in range(4):
+    for number in range(4):  # chosen: the shortest of a few is near what it takes undisturbed
         begun = time.monotonic()
         ended = forks.run(*made.request(folder / str(number)))
         times.append(time.monotonic() - begun)

@@ -331,6 +331,37 @@ def test_two_faults_are_both_found_and_each_alone(models):
     assert [place["module"] for place in report["inside"] if place["faulty"]] == ["0.fc1"]
 
 
+def test_exchanged_layers_are_told_by_the_weights_in_which_they_differ(models):
+    reference, candidate = models
+    for model in models:  # as they are before training: norms and biases say nothing of the layer
+        for name, one in model.named_parameters():
+            if one.dim() < 2:
+                one.data.fill_(float("norm" in name and name.endswith("weight")))
+    whole, part = dict(candidate[0].named_parameters()), dict(candidate[2].named_parameters())
+    for name, one in whole.items():
+        one.data, part[name].data = part[name].data, one.data
+    found = trace.compare(reference, candidate, TABLE, noise(1, 10, 16))
+    assert [(one.module, one.part, one.causes[0].id) for one in found.findings] == [
+        ("0", "layer", "layers_swapped"),
+        ("2", "layer", "layers_swapped"),
+    ]
+    assert all(one.causes[0].proven for one in found.findings)
+
+
+def test_layers_whose_attentions_were_exchanged_are_not_exchanged(models):
+    reference, candidate = models
+    for block in reference:
+        for norm in (block.norm1, block.norm2):
+            torch.nn.init.normal_(norm.bias)
+    candidate.load_state_dict(reference.state_dict())
+    for name in ("query", "key", "value", "out"):
+        ours, theirs = getattr(candidate[0], name), getattr(candidate[2], name)
+        setattr(candidate[0], name, theirs)
+        setattr(candidate[2], name, ours)
+    found = trace.compare(reference, candidate, TABLE, noise(1, 10, 16))
+    assert {one.causes[0].id for one in found.findings} == {"weight_swapped"}
+
+
 def test_two_models_that_are_the_same_have_no_fault(models):
     found = trace.compare(*models, TABLE, noise(1, 10, 16))
     assert found.findings == ()

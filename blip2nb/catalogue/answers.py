@@ -104,7 +104,7 @@ class Answer:
         return f"{_element('p', self._head())}{table}{_element('p', self.summary)}<ul>{items}</ul>"
 
 
-_MOST = 5  # findings shown, chosen by eye: a fault of the whole model gives one a stage
+_MOST = 5  # findings shown. Chosen by eye: a fault of the whole model gives one a stage, and any few tell that
 
 
 @dataclasses.dataclass(frozen=True)

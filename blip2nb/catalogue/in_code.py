@@ -76,9 +76,13 @@ def opposite(model: nn.Module, target: Target) -> contextlib.AbstractContextMana
     return other_attributes(module, **{name: not getattr(module, name)})
 
 
+EPS = (1e-5, 1e-6, 1e-12)
+"""What norms have for an eps: torch's own default, EVA's and T5's, BERT's."""
+
+
 def other_eps(model: nn.Module) -> Iterator[Target]:
     for path, module, attribute in norms(model):
-        for value in (1e-5, 1e-6, 1e-12):
+        for value in EPS:
             if getattr(module, attribute) != value:
                 yield Target((path,), (attribute,), f"{value:g}")
 
@@ -211,6 +215,7 @@ def other_buckets(module: nn.Module, target: Target) -> dict[str, Any]:
     value = getattr(module, name)
     if name == "is_decoder":
         return {name: not value}
+    # chosen: with either, positions that are far enough apart fall into other buckets
     return {name: value // 2 if name == "relative_attention_num_buckets" else value // 4}
 
 

@@ -147,9 +147,14 @@ def key_biases(model: nn.Module) -> Iterator[Target]:
             yield Target(owners(names), names)
 
 
+_NOISE = 0.1
+"""Standard deviation of what is added to a tensor. Chosen: weights are compared bit by bit, so that any change that
+does not round away is found; this one shows in what a layer gives, too."""
+
+
 def noise_key(tensors: Tensors, _: Target, generator: torch.Generator) -> None:
     for tensor in _parts(tensors)["k"]:
-        tensor.add_((torch.randn(tensor.shape, generator=generator) / 10).to(tensor.dtype).to(tensor.device))
+        tensor.add_((torch.randn(tensor.shape, generator=generator) * _NOISE).to(tensor.dtype).to(tensor.device))
 
 
 # -- faults in the files: any tensor
@@ -197,7 +202,7 @@ def shift(tensors: Tensors, target: Target, _: torch.Generator) -> None:
 
 def add_noise(tensors: Tensors, target: Target, generator: torch.Generator) -> None:
     for tensor in tensors.values():
-        tensor.add_((torch.randn(tensor.shape, generator=generator) / 10).to(tensor.dtype).to(tensor.device))
+        tensor.add_((torch.randn(tensor.shape, generator=generator) * _NOISE).to(tensor.dtype).to(tensor.device))
 
 
 def transpose(tensors: Tensors, target: Target, _: torch.Generator) -> None:
@@ -219,9 +224,10 @@ def start_anew(tensors: Tensors, target: Target, generator: torch.Generator) -> 
 def change_one(tensors: Tensors, target: Target, generator: torch.Generator) -> None:
     for tensor in tensors.values():
         value = _chosen(tensor, generator)
-        value.add_(tensor.abs().max().clamp_min(0.1))
+        value.add_(tensor.abs().max().clamp_min(_NOISE))  # as large as the largest, also where all are zero
 
 
+# IEEE 754's fractions, and bfloat16's: an exponent's bit may make a value infinite, which is another fault
 _MANTISSA = {torch.float32: (torch.int32, 23), torch.float16: (torch.int16, 10), torch.bfloat16: (torch.int16, 7)}
 
 
@@ -368,7 +374,7 @@ def reorder_positions(tensors: Tensors, target: Target, _: torch.Generator) -> N
 
 
 def interpolate_positions(tensors: Tensors, target: Target, _: torch.Generator) -> None:
-    """As if another image size had been in between: to 7/8 of the side and back."""
+    """As if another image size had been in between: to 7/8 of the side and back. Any other size smooths it, too."""
     for tensor in tensors.values():
         patches = tensor[:, 1:].float()
         side = math.isqrt(patches.shape[1])

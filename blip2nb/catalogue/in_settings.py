@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from blip2nb.catalogue.anatomy import ACTIVATIONS, activations, attentions, norms
+from blip2nb.catalogue.in_code import EPS
 from blip2nb.catalogue.planting import Target
 from blip2nb.families.captioners.configuration import IMAGE_MEAN, IMAGE_STD
 
@@ -49,15 +50,12 @@ def _settings_of(model: Any, name: str, found: Iterable[str]) -> Iterator[tuple[
             yield f"{config}.{name}", modules
 
 
-_EPS = (1e-5, 1e-6, 1e-12)  # torch's own default, EVA's and T5's, BERT's
-
-
 def eps_settings(model: Any) -> Iterator[Target]:
     """Each tower's eps, with the others that its norms could have."""
     eps = {path: getattr(module, attribute) for path, module, attribute in norms(model)}
     for name in ("layer_norm_eps", "layer_norm_epsilon"):
         for setting, modules in _settings_of(model, name, eps):
-            for value in _EPS:
+            for value in EPS:
                 if eps[modules[0]] != value:
                     # with LAVIS's own eps in all of the tower, the post layer norm is right at last
                     wrong = tuple(one for one in modules if not (one.endswith("post_layernorm") and value == 1e-5))

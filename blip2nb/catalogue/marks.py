@@ -78,7 +78,7 @@ class Marks:
         detected: something is found at one of its stages.
         stage: at the first where it must be, or before, and nothing that is right is blamed earlier.
         module: what is named there is a module at fault, the one that holds it, or, where all of it is, one in it.
-        first, three: the cause named first there, or one of the first three, is right.
+        first, three: the cause named first there, or one of the first three, is right; three are a glance, by choice.
         extra: stages that are blamed and have no fault.
     """
 

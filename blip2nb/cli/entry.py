@@ -71,7 +71,7 @@ def main() -> None:
         sys.exit(RequestError.exit_status)
     except (KeyboardInterrupt, typer.Abort):
         print("blip2nb: stopped; the same command goes on from here.", file=sys.stderr)
-        sys.exit(3)
+        sys.exit(Blip2nbError.exit_status)
     except Exception as error:
         if memory_ran_out(error) and not isinstance(error, OutOfMemory):
             error = OutOfMemory(no_memory("while working", error))
@@ -84,7 +84,7 @@ def main() -> None:
             "`blip2nb --verbose …` says.",
             file=sys.stderr,
         )
-        sys.exit(3)
+        sys.exit(Blip2nbError.exit_status)
 
 
 @app.callback(invoke_without_command=True)

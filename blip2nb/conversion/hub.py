@@ -54,7 +54,7 @@ def unsigned(text: str) -> str | None:
 
 
 def _hash_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode()).hexdigest()[:32]  # chosen: 128 bits, as no two texts share by chance
 
 
 def is_edited(folder: Path) -> bool:

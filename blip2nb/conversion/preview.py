@@ -24,7 +24,8 @@ from blip2nb.weights.stored import SIZES
 from blip2nb.weights.writer import Slot, parse_size, shard
 
 CONVERTING = 250_000_000
-"""Bytes of memory that converting takes beside the imports, whatever the model's size: the bound that is measured."""
+"""Bytes of memory that converting takes beside the imports at most, whatever the model's size. Chosen: with two cores
+it is 93 MB (`python -m benchmarks.convert`), and every further core has a thread more, with room of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ def preview(
     Args:
         output: where the model would be written.
         source, base: as for `files.find_files`.
-        timeout: seconds to wait for a server.
+        timeout: seconds to wait for a server. Chosen: a preview may go without, and should keep nobody.
 
     Raises:
         RequestError: what is here does not belong together, or a named path does not exist.
@@ -218,6 +219,7 @@ def _expected_slots(variant: Variant, dtype: str) -> list[Slot]:
 
 
 def memory_proving(model: Variant) -> int:
-    """Bytes of memory that comparing a model's behaviour takes, beside the imports: its weights in float32, and a
-    quarter more for activations and the widest layer twice."""
+    """Bytes of memory that comparing a model's behaviour takes, beside the imports: its weights in float32, four bytes
+    each, and a quarter more: the widest layer in float64 is 7 % at most in the released models; the rest is chosen, for
+    activations."""
     return parameter_count(model) * 5

@@ -230,6 +230,7 @@ def from_config(config: Mapping[str, Any], where: Path) -> Variant:
             f"{where} should be of a BLIP-2 model on OPT or T5, found {config.get('model_type')!r} on {kind!r}."
         )
     sizes = (_opt_sizes if kind == "opt" else _t5_sizes)({**_DEFAULTS[kind], **text})
+    # where a configuration is silent, it has what is transformers' own default
     tower = VisionSizes(
         width=vision.get("hidden_size", 1408),
         layers=vision.get("num_hidden_layers", 39),

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("blip2nb")
 
-_ACROSS = 896  # dots, about as wide as the hub shows a card
+_MOST_PROBLEMS = 10  # chosen: a card is read by people who want the model; the report has them all
+_ACROSS = 896  # dots. Chosen: about as wide as the hub shows a card; the file grows with it
 
 
 def write(run: RunPaths, figure: Picture | None = None) -> bool:
@@ -79,6 +80,7 @@ def _figure(report: ReportData, picture: Picture | None) -> bytes | None:
     with Image.open(io.BytesIO(drawn._repr_png_()[0])) as image:
         small = image.resize((_ACROSS, round(_ACROSS * image.height / image.width)), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
+    # 256: all that a palette of PNG holds
     small.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
@@ -159,7 +161,7 @@ def _seen(report: ReportData | None) -> dict[str, Any]:
     alt = ""
     if "depth_trace" in plots.available(report.content, report.arrays):
         alt = " ".join(plots.alt_text("depth_trace", report.content, report.arrays).translate(_PLAIN).split())
-    problems = page.problems(there(report.content.weights))[:10]
+    problems = page.problems(there(report.content.weights))[:_MOST_PROBLEMS]
     return {"alt": alt, "figure": FIGURE, "meaning": page.meaning(report.content), "problems": problems}
 
 

@@ -26,7 +26,7 @@ LOGITS = {
 }
 """What is compared of the logits: its name on screen, and how its value is written."""
 
-_WORDS_AROUND, _CAPTIONS_SHOWN = 4, 6
+_WORDS_AROUND, _CAPTIONS_SHOWN = 4, 6  # chosen: a few words around a change tell where it is; a twin has six images
 
 _MODES = {"greedy": "greedy", "beams": "5 beams", "default": "LAVIS's own beams"}
 

@@ -41,6 +41,8 @@ _TOOLTIPS = {
     "image": "which image's caption, from 1 on",
 }
 # A widget's line is as high as a control, which tears prose apart; a long path is broken, so that its neighbours fit.
+_WIDTH = 96 * 7  # a page's dots: the figures are 7 inches wide
+_MOST = 5  # channels in the table; chosen by eye, the figure above has them all
 _PROSE = "<div style='line-height: 1.4; overflow-wrap: anywhere; white-space: normal'>{}</div>"
 _FED = {"as the model runs (drift)": "own", "fed what LAVIS's stage was fed (local error)": "lavis"}
 
@@ -68,7 +70,7 @@ class Explorer:
         self.fed = widgets.Dropdown(options=_FED, value="lavis", description="transformers")
         self.token = widgets.BoundedIntText(min=0, max=0, description="token")
         self.image = widgets.BoundedIntText(value=1, min=1, max=images, description="image")
-        self._picture = widgets.Image(format="png", width=96 * 7, layout=widgets.Layout(max_width="100%"))
+        self._picture = widgets.Image(format="png", width=_WIDTH, layout=widgets.Layout(max_width="100%"))
         self._words = widgets.HTML()
         self.tensors: Sides | None = None
         for control in (self.view, self.stage, self.fed, self.token, self.image):
@@ -82,7 +84,7 @@ class Explorer:
         self.next_fault.layout.margin = "2px 2px 2px 1em"
         self.next_fault.on_click(lambda _: self._go_on())
         self._causes = widgets.HTML()
-        self._inside = widgets.Image(format="png", width=96 * 7, layout={"max_width": "100%", "display": "none"})
+        self._inside = widgets.Image(format="png", width=_WIDTH, layout={"max_width": "100%", "display": "none"})
         rows = ((self.view,), (self.stage, self.next_fault), (self.fed,), (self.token, self.image))
         top = [widgets.HBox(row, layout={"flex_flow": "row wrap"}) for row in rows]
         self._box = widgets.VBox([*top, self._picture, self._words, self._causes, self._inside])
@@ -179,7 +181,7 @@ class Explorer:
         stage = next(one for one in self._content.stages if one.name == self.stage.value)
         ours, theirs = (_flat(values)[self.token.value] for values in sides)
         difference = theirs.astype(float) - ours.astype(float)
-        most = np.argsort(-np.abs(difference))[:5]
+        most = np.argsort(-np.abs(difference))[:_MOST]
         rows = "".join(
             _row("td", channel, f"{ours[channel]:.6g}", f"{theirs[channel]:.6g}", f"{difference[channel]:.2e}")
             for channel in most.tolist()

@@ -26,7 +26,8 @@ from blip2nb.sizes import as_bytes
 from blip2nb.whole import write_whole
 
 MOST_ROWS = 200
-"""So many rows of a figure's data are on the page; where there are more, it says so."""
+"""So many rows of a figure's data are on the page; where there are more, it says so. Chosen: every stage has its
+row, of which the largest models have 112."""
 
 _WIDE, _NARROW = 7.0, 3.4  # inches: what a desk and a phone are shown
 
@@ -333,7 +334,8 @@ _COLUMNS = {
 
 
 def _raster(name: str, report: Report, arrays: Arrays, width: float) -> Image.Image:
-    """Sharp where it is shown: at least two pixels of the file for each of the page's."""
+    """Sharp where it is shown: at least two pixels of the file for each of the page's, of which an inch has 96; a phone
+    shows more, and gets 256 to the inch."""
     return rasterise(plots.FIGURES[name](report, arrays, width), plots.DPI if width == _WIDE else 256)
 
 
@@ -343,7 +345,7 @@ def narrow(name: str, report: Report, arrays: Arrays) -> Shown:
 
 
 def _shown(image: Image.Image) -> Shown:
-    """With 256 colours, which is all that the figures need, a third of the size, and half of what it is as SVG."""
+    """With 256 colours, a palette's most and all that the figures need: a third of the size, and half of the SVG's."""
     small, buffer = with_few_colours(image), io.BytesIO()
     small.save(buffer, "PNG", compress_level=6)
     data = base64.b64encode(buffer.getvalue()).decode()

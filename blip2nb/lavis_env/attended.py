@@ -20,7 +20,7 @@ def attend():
 
 
 def _end_with_caller(folder):
-    while os.read(0, 4096):
+    while os.read(0, 4096):  # nothing is ever written: any number waits for the end
         pass
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)

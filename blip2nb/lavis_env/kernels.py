@@ -32,6 +32,7 @@ from blip2nb.weights.rules import Tied
 from blip2nb.whole import whole_file, write_whole
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_IMPORTED = 300  # seconds to import LAVIS. Chosen: it takes ten, and minutes from a disk on a network, the first time
 NOTEBOOK = _PACKAGE.parent / "notebooks" / "lavis.ipynb"
 
 # What travels to where LAVIS is: the recorder, under a name that does not hide the lavis package, and what it needs
@@ -327,7 +328,11 @@ def check(python: Path, modules: Sequence[str]) -> dict[str, str | None]:
         "print(json.dumps(out))"
     )
     done = subprocess.run(
-        [str(python), "-W", "ignore", "-c", code, *modules], capture_output=True, text=True, timeout=300, check=False
+        [str(python), "-W", "ignore", "-c", code, *modules],
+        capture_output=True,
+        text=True,
+        timeout=_IMPORTED,
+        check=False,
     )
     lines = done.stdout.strip().splitlines()
     return json.loads(lines[-1]) if done.returncode == 0 and lines else {"python": None}

@@ -124,7 +124,7 @@ def why_not_compared(proof: str, manifest: Manifest) -> Missing:
 def memory_short(model: Variant) -> str:
     """A sentence when this machine cannot hold the model in float32, as both sides are compared; else ""."""
     needed, total = memory_proving(model), resources.memory()
-    if not total or needed <= 0.9 * total:  # where it cannot be told: try and see
+    if not total or needed <= resources.SHARE * total:  # where it cannot be told: try and see
         return ""
     return f"Running {model.name} in float32 takes {as_bytes(needed)} of memory; this machine has {as_bytes(total)}."
 

@@ -25,6 +25,9 @@ from blip2nb.lavis_env.environment import Lavis
 if TYPE_CHECKING:
     import torch
 
+_STARTS = 120  # seconds for a kernel's first answer. Chosen: it takes a few; one that lacks ipykernel is told at once
+_POLLS = 1  # seconds between two looks at whether a silent kernel is alive. Chosen: nobody waits for it
+
 _BUILD = """
 import json, sys
 sys.path.insert(0, {folder!r})
@@ -93,7 +96,7 @@ class LavisSession:
         request = self._client.execute(code, allow_stdin=False)
         while True:
             try:
-                message = self._client.get_iopub_msg(timeout=1)
+                message = self._client.get_iopub_msg(timeout=_POLLS)
             except queue.Empty:
                 if not self.alive:
                     raise LavisError(
@@ -155,7 +158,7 @@ def _start(environment: Lavis, folder: Path, stdin: int) -> tuple[Any, Any]:
     client = manager.blocking_client()
     client.start_channels()
     try:
-        client.wait_for_ready(timeout=120)
+        client.wait_for_ready(timeout=_STARTS)
     except RuntimeError as error:
         client.stop_channels()
         manager.shutdown_kernel(now=True)

@@ -31,8 +31,12 @@ Arrays = dict[str, np.ndarray]
 Recorded: TypeAlias = "Tape | Mapping[str, torch.Tensor]"
 
 EXAMINED_VALUES = 1_500_000
-"""At most so many values of each side are kept of the stage that is looked at closely: 6 MB."""
+"""At most so many values of each side are kept of the stage that is looked at closely: 6 MB. Chosen: a vision block's,
+677 positions of 1,408 channels, are kept whole; of the logits of a short text every second channel."""
 
+
+_TOP = 50
+"""So many likely tokens are kept at each position. Chosen: five times what the figure draws."""
 
 # -- the inputs
 
@@ -95,7 +99,7 @@ def _magnitudes(values: torch.Tensor | None) -> np.ndarray:
     if values is None or not values.is_floating_point() or not values.numel():
         return np.full(4, np.nan, np.float32)
     sizes = values.detach().cpu().double().abs().flatten().numpy()
-    low, high = np.quantile(sizes, [0.01, 0.99])
+    low, high = np.quantile(sizes, [0.01, 0.99])  # chosen: single values do not widen the band
     return np.array([np.sqrt(np.mean(sizes**2)), low, high, sizes.max()], np.float32)
 
 
@@ -164,10 +168,10 @@ def fusion(candidate: torch.nn.Module, tape: Tape) -> tuple[schema.Fusion, Array
 
 
 def logits(found: torch.Tensor, expected: torch.Tensor) -> Arrays:
-    """Per position of the first text: KL divergence, largest difference, margin of the first two, and the top 50."""
+    """Per position of the first text: KL divergence, largest difference, margin of the first two, and the likeliest."""
     if found.shape != expected.shape:
         return {}
-    top = expected[0].topk(min(50, expected.shape[-1]), dim=-1)
+    top = expected[0].topk(min(_TOP, expected.shape[-1]), dim=-1)
     return {
         "logits/kl": kl_per_position(found[:1], expected[:1]).numpy(),
         "logits/max_abs": (found - expected)[0].abs().amax(-1).numpy(),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PIXELS = "vision_model.embeddings"
 TOKENS = "language_model"
 
-_BICUBIC = 3
+_BICUBIC = 3  # PIL's number for it
 
 
 def pixel_causes(loaded: Loaded, variant: Variant, image: Image, found: torch.Tensor, tape: Tape) -> list[Cause]:

@@ -137,7 +137,7 @@ def _with_evidence(
     as_shipped = rows.agreement(outputs["logits"], expected)
     examined, arrays = evidence.examined(seen.shipped, seen.table, tape, model, content.first_divergence)
     said = evidence.logits(outputs["logits"], expected)
-    likeliest = said["logits/top_ids"][-1, :10].tolist() if said else []
+    likeliest = said["logits/top_ids"][-1, :10].tolist() if said else []  # ten: what the figure has room for, by eye
     arrays |= said | evidence.token_errors(seen.shipped) | evidence.activations(seen.table, outputs, tape)
     fusion = None
     if content.computed_in == "float32":

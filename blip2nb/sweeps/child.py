@@ -72,7 +72,7 @@ def execute(asked: Mapping[str, Any], say: Callable[..., None]) -> Ended:
             asked["output"],
             asked["parameters"],
             progress_bar=False,
-            start_timeout=300,  # of a kernel, on a machine that is busy with others
+            start_timeout=300,  # seconds. Chosen: a kernel takes a few, more on a machine that is busy
             cwd=asked["folder"] or None,
             on_cell_execute=begins,
             config=sockets.config(asked["sockets"]),

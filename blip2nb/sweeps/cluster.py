@@ -30,14 +30,14 @@ from blip2nb.sweeps.worker import Begun, Task
 TOPIC = "blip2nb-sweep"
 MEMORY = "MEMORY"
 _UNKNOWN = 1 << 60  # beyond any model's need
-_LOOK = 2.0  # seconds between two looks at a local cluster's worker,
-_MISSING = 6  # and so many without one: a nanny takes one or two to begin another
-_SHARE = 0.9  # of a machine's memory; the rest is for the system, and for what holds the cluster together
+_LOOK = 2.0  # seconds between two looks at a local cluster's worker. Chosen: a run takes far longer
+_MISSING = 6  # so many looks without one: a nanny takes one or two to begin another. Chosen: any few more do
+_ANSWERS = 10  # seconds for a scheduler's first answer. Chosen: one that is there takes one
 
 
 def memory() -> int:
     """Bytes of memory that runs on this machine may take together, also in a container."""
-    return int(resources.memory() * _SHARE)
+    return int(resources.memory() * resources.SHARE)
 
 
 @contextlib.contextmanager
@@ -93,7 +93,7 @@ def remote(address: str) -> Iterator[distributed.Client]:
     where = {"scheduler_file": address} if Path(address).is_file() else {"address": address}
     with _quiet():
         try:
-            client = distributed.Client(**where, timeout=10)
+            client = distributed.Client(**where, timeout=_ANSWERS)
         except (OSError, ValueError) as error:
             raise RequestError(
                 f"No Dask scheduler answers at {address}. Start one with `dask scheduler`, and workers with "
@@ -125,7 +125,7 @@ class _Memory(WorkerPlugin):
     async def setup(self, worker: distributed.Worker) -> None:
         if MEMORY not in worker.state.total_resources:
             limit = worker.memory_manager.memory_limit or resources.memory()
-            await worker.set_resources(**{MEMORY: int(limit * _SHARE)})
+            await worker.set_resources(**{MEMORY: int(limit * resources.SHARE)})
 
 
 def _prepare(client: distributed.Client) -> None:

@@ -23,7 +23,7 @@ log = logging.getLogger("blip2nb")
 
 _KIT = Path(__file__).resolve().parent.parent
 _LIBRARIES = ("torch", "torchvision", "transformers", "numpy")
-_LARGE = 2_000_000_000  # bytes: about a second
+_LARGE = 2_000_000_000  # bytes, from which on reading is announced. Chosen: it takes a disk about a second
 _NO_INPUTS = ("lavis_python", "push_to_hub")  # a path that is an environment, a name that is no file
 
 

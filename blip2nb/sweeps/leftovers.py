@@ -51,7 +51,10 @@ def family(pid: int) -> list[psutil.Process]:
 
 
 def end(processes: Iterable[psutil.Process], patience: float = 10.0) -> None:
-    """Kill processes and wait until they are gone, at most so many seconds."""
+    """Kill processes and wait until they are gone, at most so many seconds.
+
+    Chosen: it takes less than one, unless a disk that does not answer holds a process; then nobody is kept longer.
+    """
     processes = list(processes)
     for one in processes:
         with contextlib.suppress(psutil.Error):

@@ -118,8 +118,9 @@ class Folder:
         return file.read_bytes() if file.is_file() else None
 
     def begin(self, name: str, key: str, overwrite: bool = False) -> Path:
-        workshop = self.root / HIDDEN / f"{name}.{key[:12]}"
-        for old in workshop.parent.glob(f"{name}.{'?' * 12}"):  # made with other parameters, and not finished
+        short = key[:12]  # chosen: 48 bits tell a run's own parameters apart, and leave room for its name in a path
+        workshop = self.root / HIDDEN / f"{name}.{short}"
+        for old in workshop.parent.glob(f"{name}.{'?' * len(short)}"):  # made with other parameters, and not finished
             if old != workshop:
                 end_leftovers(old)
                 shutil.rmtree(old)

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("blip2nb")
 
 _BASE = 1_300_000_000
-"""Bytes of memory that a run takes beside its model: kernel, libraries, figures. Measured on a twin: 1.1 GB."""
+"""Bytes of memory that a run takes beside its model: kernel, libraries, figures. On a twin it was 1.1 GB; a fifth more
+is chosen, for figures of longer sequences."""
 
 
 @dataclasses.dataclass(frozen=True)

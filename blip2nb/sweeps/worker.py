@@ -29,7 +29,8 @@ from blip2nb.sweeps.place import FAILED, RECORD, Place, place, relocate
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", CORES)
-_LOOK = 0.5  # seconds between two looks at the clock, and at whether the run is still wanted
+_MOST_LOG = 4000  # letters of a dead process's log, of its end. Chosen: some forty lines
+_LOOK = 0.5  # seconds between two looks at the clock, and at whether the run is still wanted. Chosen: runs take longer
 
 
 class Begun(TypedDict):
@@ -207,7 +208,7 @@ def _attend(
     return {
         "error": _died(status),
         "kind": "Died",
-        "traceback": (workshop / "log").read_text(errors="replace", encoding="utf-8")[-4000:],
+        "traceback": (workshop / "log").read_text(errors="replace", encoding="utf-8")[-_MOST_LOG:],
     }
 
 

@@ -33,7 +33,7 @@ def explain(
         )
     if not expected.is_floating_point():
         id = "position_bias" if "relative_attention_bias" in module else "tokens"
-        places = (found != expected).nonzero()[:4].tolist()
+        places = (found != expected).nonzero()[:4].tolist()  # a few say where
         return Cause(
             id, f"{_share(found, expected)} of {name} differs, first at {places}", module, "compared one by one"
         )
@@ -116,6 +116,7 @@ def image(module: str, found: torch.Tensor, expected: torch.Tensor) -> Cause:
     for words, dims in (("mirrored", (3,)), ("upside down", (2,)), ("turned by 180°", (2, 3))):
         if distance(a.flip(dims), b) < FEW:
             return Cause("pixels", f"the image is {words}", module, "undone, the pixels are equal")
+    # chosen: over the catalogue's faults of images the same one, resized otherwise, has 0.994, a mirrored one 0.51
     related = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
     if related > 0.9:
         words = f"the same image, resized or cropped differently (cosine {related:.4f})"

@@ -43,6 +43,7 @@ NORMS = ("layer", "rms", "layer with eps outside", "layer with eps outside, unbi
 """Layer norm and root-mean-square norm; and layer norms that add eps to the deviation instead of the variance."""
 
 EPS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-7, 1e-3, 1e-4, 1e-2, 0.0)
+"""What is tried first: torch's own, EVA's and T5's, BERT's, then other round numbers. Any other is computed."""
 
 
 T = TypeVar("T")
@@ -191,8 +192,11 @@ def _eps_of(
 
 
 def summed(pieces: Mapping[str, torch.Tensor], wanted: torch.Tensor, within: float) -> dict[str, float] | None:
-    """How often each piece is in a sum, by least squares; None where no sum of them gives it. Parts of less than a
-    thousandth are left out."""
+    """How often each piece is in a sum, by least squares; None where no sum of them gives it.
+
+    Of up to three pieces, two first: a residual and its branch. A part of less than a thousandth is none that anybody
+    adds, and may be what rounding makes of a piece too many: any limit from the rounding to a third does.
+    """
     usable = {name: piece for name, piece in pieces.items() if piece.shape == wanted.shape}
     errors: dict[tuple[tuple[str, float], ...], float] = {}
     limits: dict[tuple[tuple[str, float], ...], float] = {}
@@ -329,6 +333,7 @@ def masked(scores: Scores, wanted: torch.Tensor, right: Attention, within: float
     """Which mask makes `wanted` of an attention that is right but for that."""
     queries, keys = len(scores.parts["query"][0]), scores.parts["key"].shape[-2]
     words = [f"ahead {number}" for number in (-1, 1, 2)]
+    # up to 64 positions, by choice: each costs an attention
     words += [f"window {number}" for number in range(1, min(queries, 64))]
     words += [f"prefix {number}" for number in range(1, min(keys, 64) + 1)]
     words += [f"without 0:{number}" for number in range(1, min(keys, 64))]
@@ -368,7 +373,7 @@ def _changes(start: Attention, channels: int, scores: Scores) -> Iterable[Attent
     width = channels // start.heads
     for scale in (width**-0.5, 1.0, 1 / width, channels**-0.5, 1 / channels, width**-0.25, math.sqrt(width)):
         yield dataclasses.replace(start, scale=scale)
-    for heads in range(1, min(channels, 128) + 1):
+    for heads in range(1, min(channels, 128) + 1):  # chosen: more heads than any model that the kit knows has
         if channels % heads == 0:
             yield dataclasses.replace(start, heads=heads, scale=(channels // heads) ** -0.5)
             yield dataclasses.replace(start, heads=heads)
@@ -396,7 +401,11 @@ def _heads_permuted(scores: Scores, wanted: torch.Tensor, start: Attention) -> A
 
 
 def _fitted_scale(tried: Callable[[Attention], float], start: Attention) -> Attention:
-    """Any other scale, by golden section over its logarithm."""
+    """Any other scale, by golden section over its logarithm.
+
+    Chosen: from a hundredth to a hundred times, beyond which scores are flat or one-hot, in steps of a quarter; 60 cuts
+    by the golden ratio then leave 3e-13 of a step, less than float32 rounds.
+    """
     low, high = math.log(start.scale / 100), math.log(start.scale * 100)
     grid = [low + (high - low) * n / 40 for n in range(41)]
     middle = min(grid, key=lambda x: tried(dataclasses.replace(start, scale=math.exp(x))))
@@ -427,7 +436,7 @@ def pattern(found: torch.Tensor, expected: torch.Tensor, rounding: float) -> tup
     """What sets two outputs of shape (…, positions, channels) apart, whatever was computed: (a cause's id, words)."""
     a, b = found.double().reshape(-1, found.shape[-1]), expected.double().reshape(-1, expected.shape[-1])
     apart = a - b
-    within = max(10 * rounding, FEW)
+    within = max(10 * rounding, FEW)  # chosen: both sides round; patterns fit to 0.2 of it and miss by 10,000 times it
     size = b.norm().clamp_min(1e-300)
     factor = ((a * b).sum() / b.square().sum().clamp_min(1e-300)).item()
     if (a - factor * b).norm() <= within * a.norm().clamp_min(1e-300):
@@ -435,12 +444,13 @@ def pattern(found: torch.Tensor, expected: torch.Tensor, rounding: float) -> tup
             return "residual", "nothing comes out of it"
         return "scale", f"it is {factor:.6g} × the reference's everywhere"
     offset = apart.mean(0)
+    # chosen: what is no offset was 0.30 of it from one or more (`python -m benchmarks.faults`, two twins)
     if len(a) > 1 and (apart - offset).norm() <= max(0.02 * apart.norm(), within * size):
         return "bias_changed", "the same is added at every position, as by another bias"
     for name, axis in (("channels", 0), ("positions", 1)):
         sizes = apart.norm(dim=axis) / b.norm(dim=axis).clamp_min(1e-300)
         wrong = sizes > within
-        if 0 < wrong.sum() <= wrong.numel() // 4:
+        if 0 < wrong.sum() <= wrong.numel() // 4:  # chosen: it was one in forty, or at least three quarters
             some = ", ".join(map(str, wrong.nonzero().flatten()[:6].tolist()))
             return "unknown", f"{int(wrong.sum())} of {wrong.numel()} {name} differ: {some}" + (
                 ", …" if wrong.sum() > 6 else ""
@@ -452,7 +462,7 @@ def pattern(found: torch.Tensor, expected: torch.Tensor, rounding: float) -> tup
 
 
 def _same_columns(a: torch.Tensor, b: torch.Tensor, within: float) -> list[int] | None:
-    if a.shape[1] > 8192 or len(a) < 2:
+    if a.shape[1] > 8192 or len(a) < 2:  # chosen: a square of so many float64 values is half a gigabyte
         return None
     unit = [one / one.norm(dim=0).clamp_min(1e-300) for one in (a, b)]
     order = (unit[0].T @ unit[1]).argmax(1)

@@ -34,8 +34,9 @@ ARRIVAL_TOLERANCE = FEW
 """Between stages a few additions happen at most, which round alike on every processor; an arrival error above this is a
 fault."""
 
+# the threshold ÷ the limits that `unit` tells
 _CAST = {torch.bfloat16: THRESHOLD / 8, torch.float16: THRESHOLD / 6}
-_CAST_WITH_WEIGHTS = 300.0
+_CAST_WITH_WEIGHTS = THRESHOLD / 0.01
 
 
 def unit(dtype: torch.dtype, weights_known: bool) -> float:

@@ -23,7 +23,8 @@ else:  # copied to where the reference is
 FORMAT = 3
 
 SAMPLE = 32
-"""So many positions are kept of what a module inside a stage took in and gave out, where each is computed alone."""
+"""So many positions are kept of what a module inside a stage took in and gave out, where each is computed alone.
+Chosen: any few show a fault, and more make a larger tape; the stage itself is compared at all of them."""
 
 
 def split_place(place):

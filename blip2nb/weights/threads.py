@@ -15,7 +15,7 @@ from typing import Any
 
 from blip2nb.resources import cores
 
-_WAITING = 2  # threads beyond one for each core, since some are waiting for the disk
+_WAITING = 2  # threads beyond one for each core, since some are waiting for the disk. Chosen, not measured
 
 
 class Stopped(Exception):

@@ -39,9 +39,9 @@ else:  # copied to where LAVIS is
 _MOST_STEPS = 2_000_000
 _MOST_BYTES = 16 << 20
 _DEEPEST = 100
-_MOST_DIMENSIONS = 64
-_MOST_ARGUMENTS = 16
-_MOST_NAMES, _LONGEST_NAME = 5, 80  # that a refusal tells
+_MOST_DIMENSIONS = 64  # what torch's sums over named dimensions take at most
+_MOST_ARGUMENTS = 16  # torch's functions that rebuild a tensor have eight or fewer
+_MOST_NAMES, _LONGEST_NAME = 5, 80  # that a refusal tells, chosen: a sentence
 
 _STORAGES = {
     "DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16",

@@ -13,8 +13,10 @@ from blip2nb.display.figures.words import as_count
 from blip2nb.forms import INFINITE, there
 from blip2nb.report.sweep import Entry, WrongAt
 
+# Units of the drawing, chosen by eye, as are the paddings below: two miniatures stand beside each other on a page.
 WIDTH, HEIGHT = 320, 118
 _LEFT, _RIGHT, _TOP, _LOW, _ZERO = 30, 314, 20, 88, 97
+_LETTER = 5.5  # how wide a letter of its font is, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ def draw(entry: Entry, top: int) -> Miniature:
         parts=[
             (name.split(" ")[-1], round(_LEFT + (start + stop) / 2 * pitch, 1))
             for name, start, stop in parts
-            if pitch * (stop - start) > 5.5 * len(name.split(" ")[-1])
+            if pitch * (stop - start) > _LETTER * len(name.split(" ")[-1])
         ],
         mark=mark,
         alt=describe(entry),

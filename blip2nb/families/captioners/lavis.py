@@ -40,7 +40,7 @@ else:  # copied to where LAVIS is
 
 log = logging.getLogger("blip2nb.lavis")
 
-CAPTION_MODES: dict = {
+CAPTION_MODES: dict = {  # in LAVIS's words; its own defaults are 5 beams and a penalty of 1
     "greedy": {"num_beams": 1},
     "beams": {"num_beams": 5, "length_penalty": 0.0},
     "default": {},
@@ -167,7 +167,7 @@ def _captions(model, takes, pixels, say):
 
 
 BATCH = 8
-"""So many images are captioned at once."""
+"""So many images are captioned at once. Chosen: any number does; each image takes memory for five beams."""
 
 
 def in_batches(prompts, captioned):

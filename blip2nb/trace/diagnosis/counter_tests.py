@@ -38,5 +38,6 @@ def recomputed(look: Look, scene: Scene, change: str, value: torch.Tensor, round
 
 
 def within(look: Look, scene: Scene) -> float:
-    """How near an explanation comes to the reference's output if that rounds as the candidate does."""
-    return THRESHOLD * max(look.rounding / scene.suspect.unit, LEAST)
+    """How near an explanation comes to the reference's output if that rounds as the candidate does; where the
+    candidate's rounding is not known, if it rounds once."""
+    return THRESHOLD * max(LEAST, look.rounding / scene.suspect.unit)  # in this order: of NaN, the first

@@ -1,6 +1,8 @@
-"""Whether a stage holds another layer's weights, all of them."""
+"""Whether a stage holds another layer's weights, all of them or most."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 from blip2nb.trace.causes import Cause, CounterTest
 from blip2nb.trace.diagnosis.findings import Finding
@@ -8,32 +10,29 @@ from blip2nb.trace.diagnosis.repairs import holding
 from blip2nb.trace.diagnosis.scene import Scene
 from blip2nb.trace.metrics import THRESHOLD, exceeds
 
-MOST = 0.6
-"""So much of a stage's weights must be another layer's: some may be damaged besides, and two layers whose attentions
-alone were exchanged are not exchanged layers."""
-
 
 def another_layer(scene: Scene) -> Finding | None:
-    """The finding that it does, with the counter-test."""
+    """The finding that it does, with the counter-test.
+
+    Most of the weights in which the two layers differ must be the other's: no third layer has as many then, some may be
+    damaged besides, and layers of which less was exchanged keep their place. One weight alone tells nothing of a layer.
+    """
     suspect, known = scene.suspect, scene.known
-    moved: dict[str, int] = {}
-    for name, tensor in suspect.module.named_parameters():
-        whole = scene.whole(name)
-        if known.same(whole, tensor) is not False:
-            continue
-        for other in known.named(tensor.data):
-            if other.endswith(f".{name}") and other != whole:
-                path = other[: -len(name) - 1]
-                moved[path] = moved.get(path, 0) + 1
-    count = len(list(suspect.module.parameters()))
-    path = max(moved, key=moved.__getitem__, default="")
-    if not path or moved[path] < max(2, MOST * count):
+    held = {name: one.data for name, one in suspect.module.named_parameters()}
+    wrong = {name: one for name, one in held.items() if known.same(scene.whole(name), one) is False}
+    others = ((name, other) for name, one in wrong.items() for other in known.named(one))
+    moved = Counter(other.removesuffix(f".{name}") for name, other in others if other.endswith(f".{name}"))
+    path, count = next(iter(moved.most_common(1)), ("", 0))
+    if count < 2:
+        return None
+    alike = sum(f"{path}.{name}" in known.named(one) for name, one in held.items() if name not in wrong)
+    if count <= (len(held) - alike) / 2:
         return None
     there = scene.candidate.get_submodule(path)
     back = [scene.whole(name) in known.named(one.data) for name, one in there.named_parameters()]
-    id = "layers_swapped" if sum(back) > 0.5 * len(back) else "layer_repeated"
+    id = "layers_swapped" if sum(back) > len(back) / 2 else "layer_repeated"
     words = f"{suspect.path} holds the weights of {path}" + (" and the other way round" if any(back) else "")
-    evidence = f"{moved[path]} of its {count} weights, bit for bit"
+    evidence = f"{count} of its {len(held)} weights, bit for bit"
     return _finding(scene, id, words, evidence)
 
 

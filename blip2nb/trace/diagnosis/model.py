@@ -24,7 +24,8 @@ from blip2nb.trace.stage import Stage
 from blip2nb.trace.vocabulary import SETTINGS
 
 ROWS = 8
-"""So many rows that arrive wrong are looked for in what a table gave: enough that none is there by chance."""
+"""So many rows that arrive wrong are looked for in what a table gave: enough that none is there by chance. Chosen:
+one row of floats would do, unless it is of zeros or padding."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

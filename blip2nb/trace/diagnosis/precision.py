@@ -21,7 +21,8 @@ def causes_of_precision(look: Look, scene: Scene) -> list[Cause]:
         return []
     theirs = computing.off(look.exact, look.expected)
     worse = max(THRESHOLD * theirs, FEW) < look.rounding
-    cast = look.rounding > CEILING and theirs < 3 * look.rounding  # in the referee's run too, as autocast does
+    # in the referee's run too, as autocast does
+    cast = look.rounding > CEILING and theirs < THRESHOLD * look.rounding
     if not scene.suspect.strict or not (worse or cast) or look.rounding > COARSEST:
         return []
     like = next((name for name, least in LIKE.items() if look.rounding > least), "less than float32")

@@ -10,7 +10,8 @@ from blip2nb.trace.vocabulary import MIXED, role_of
 from blip2nb.trace.weights import kind_of, what_changed
 
 ROWS = 8
-"""So many rows of what arrives are looked up among the parameters': enough that none stands there by chance."""
+"""So many rows of what arrives are looked up among the parameters': enough that none stands there by chance. Chosen:
+one row of floats would do, unless it is of zeros or of another table's padding."""
 
 
 def weight_cause(name: str, tensor: torch.Tensor, known: Known, heads: int | None = None) -> Cause:

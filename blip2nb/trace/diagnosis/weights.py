@@ -20,7 +20,8 @@ from blip2nb.trace.vocabulary import in_attention, role_of_parameter
 from blip2nb.trace.weights import kind_of
 
 ENOUGH = 3
-"""So often a weight's cause is put to the counter-test; where a whole model was rounded the answer is clear by then."""
+"""So often a weight's cause is put to the counter-test; where a whole model was rounded the answer is clear by then.
+Chosen: one would do, and each takes two runs of a stage."""
 
 
 def causes_of_weights(look: Look, scene: Scene) -> list[Cause]:
