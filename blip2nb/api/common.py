@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2nb.errors import RequestError
-from blip2nb.handles import Run
+from blip2nb.handles import Report, Run
 from blip2nb.report.manifest import Manifest
 from blip2nb.report.runs import Origin
 from blip2nb.variants import variant
@@ -33,10 +33,11 @@ def source_of(run: Run, origin: Origin) -> Opened | None:
     return open_source(named, origin.source, origin.base) if here else None
 
 
-def write_card(run: Run, figure: Picture | None = None) -> None:
+def write_card(run: Run, figure: Picture | None = None, report: Report | None = None) -> None:
+    """Write the card of a run's model. The figure and the report are read from the run where they are not given."""
     from blip2nb.display import card
 
-    card.write(run, figure)
+    card.write(run, figure, report)
 
 
 def check_dtype(dtype: str, possible: Sequence[str] = tuple(CASTS)) -> None:

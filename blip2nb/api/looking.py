@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blip2nb.api.common import run_of
-from blip2nb.handles import Difference, Run
+from blip2nb.handles import Difference, Report, Run
 
 if TYPE_CHECKING:
     from blip2nb.display.explorer import Explorer
@@ -24,15 +24,18 @@ def show(target: str | Path | Run) -> str:
     return describe(run)
 
 
-def draw(run: Run) -> dict[str, Picture]:
+def draw(run: Run, report: Report | None = None) -> dict[str, Picture]:
     """Draw every figure that the run's report has data for into its figures/ folder, and make report.html of them.
+
+    Args:
+        report: the run's, where it is in memory already.
 
     Returns:
         The figures by name, each drawn once: shown in a notebook, it is what was written.
     """
     from blip2nb.display.narrow import narrow_pictures
 
-    report = run.report
+    report = report or run.report
     run.figures.mkdir(parents=True, exist_ok=True)
     with narrow_pictures(run.folder) as narrow:
         from blip2nb.display import page, plots  # takes half a second, as long as that process takes to begin

@@ -171,9 +171,9 @@ def verify(
     report = Report(proven.content, proven.arrays)
     run.page.unlink(missing_ok=True)  # it would be an earlier report's, if drawing does not come to its end
     if figures:
-        report.drawn.update(draw(run))
+        report.drawn.update(draw(run, report))
     if run.folder == own or push_to_hub:  # a proof that is kept elsewhere leaves the directory as it is
-        write_card(run, report.drawn.get("depth_trace"))
+        write_card(run, report.drawn.get("depth_trace"), report)
     if push_to_hub and report.verdict == "diverges":
         log.warning("%s was not uploaded: it is not the model that LAVIS runs", run.folder.name)
     elif push_to_hub:

@@ -33,11 +33,12 @@ _MOST_PROBLEMS = 10  # chosen: a card is read by people who want the model; the 
 _ACROSS = 896  # dots. Chosen: about as wide as the hub shows a card; the file grows with it
 
 
-def write(run: RunPaths, figure: Picture | None = None) -> bool:
+def write(run: RunPaths, figure: Picture | None = None, report: ReportData | None = None) -> bool:
     """Write the card of a run's model, and its figure where its report has one: whole, or not at all.
 
     Args:
         figure: the report's depth trace, if it is drawn already.
+        report: the run's, if it is in memory already.
 
     Returns:
         Whether it was. A card that was edited stays as it is, and a directory that cannot be written to does too.
@@ -46,7 +47,8 @@ def write(run: RunPaths, figure: Picture | None = None) -> bool:
     if is_edited(run.model):
         log.info("%s was edited and stays as it is", run.model / README)
         return False
-    report = run.report if (run.folder / "report.json").is_file() else None
+    if report is None and (run.folder / "report.json").is_file():
+        report = run.report
     if report is not None and there(report.content.provenance).weights_hash != manifest.weights_hash:
         report = None  # of another model
     wanted = {README: render(manifest, report).encode()}

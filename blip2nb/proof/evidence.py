@@ -43,11 +43,11 @@ _TOP = 50
 
 def pixels(folder: Path, tape: Tape, pil: torch.Tensor, image: Image) -> tuple[schema.Pixels, Arrays]:
     """The PIL processor's pixels, which must be LAVIS's, and the default one's, whose difference is shown."""
-    from transformers import AutoProcessor
+    from transformers import AutoImageProcessor
 
     expected = tape["pixel_values"]
-    default = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    other = default.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    default = AutoImageProcessor.from_pretrained(folder, local_files_only=True)  # as AutoProcessor makes it
+    other = default(images=[image], return_tensors="pt")["pixel_values"]
     std = torch.tensor(configuration.IMAGE_STD).view(3, 1, 1)
     mean = torch.tensor(configuration.IMAGE_MEAN).view(3, 1, 1)
     fits = {name: one for name, one in (("pil", pil), ("default", other)) if one.shape == expected.shape}
@@ -58,7 +58,7 @@ def pixels(folder: Path, tape: Tape, pil: torch.Tensor, image: Image) -> tuple[s
         max_abs=(pil - expected).abs().max().item() if "pil" in fits else math.inf,
         equal=torch.equal(pil, expected),
         default=schema.DefaultPixels(
-            processor=type(default.image_processor).__name__,
+            processor=type(default).__name__,
             max_abs=(other - expected).abs().max().item() if "default" in fits else math.inf,
             share=(levels["default"] != 0).double().mean().item() if "default" in fits else 1.0,
             grey_levels=int(levels["default"].abs().max()) if "default" in fits else 255,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from blip2nb.errors import RequestError
 from blip2nb.forms import OtherFormat, dumps, reads_format, record
+from blip2nb.once import once
 from blip2nb.report.schema import Provenance, ReadFile, Reference
 from blip2nb.variants import Variant
 
@@ -104,7 +105,7 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """Raises RequestError when the folder is not one of ours, or of a version that is not understood."""
         try:
-            return reads_format(cls, (folder / MANIFEST).read_bytes(), FORMAT, unsaid=1)
+            return _parsed(folder / MANIFEST)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RequestError(
                 f"{folder} has no {MANIFEST}: expected a directory that `blip2nb convert` wrote. Convert it first."
@@ -116,3 +117,8 @@ class Manifest:
             ) from error
         except ValueError as error:
             raise RequestError(f"{folder / MANIFEST} is damaged ({error}). Convert again with overwrite.") from error
+
+
+@once
+def _parsed(path: Path) -> Manifest:
+    return reads_format(Manifest, path.read_bytes(), FORMAT, unsaid=1)
