@@ -28,6 +28,7 @@ from blip2nb.sizes import as_bytes
 from blip2nb.sweeps.place import HIDDEN, RECORD
 from blip2nb.variants import RELEASED, variant
 from blip2nb.weights.download import cache_folder, locate
+from blip2nb.weights.transfer import leftovers
 from blip2nb.weights.writer import JOURNAL
 
 MODELS, UNFINISHED, TWINS, DOWNLOADS = "models", "unfinished", "twins", "downloads"
@@ -256,9 +257,7 @@ def _download(path: Path, cache: Path) -> Iterator[Item]:
     lock = path.with_name(f"{path.name}.lock")
     if path.is_file():
         yield _item(f"{DOWNLOADS}/{path.name}", "", "downloaded file", [path], cache, [lock])
-    # the notes last: without them the bytes are of no use
-    left = [path.with_name(path.name + ending) for ending in (".partial", ".partial.json", ".lock")]
-    left = [one for one in left if one.is_file()]
+    left = [one for one in (*leftovers(path), lock) if one.is_file()]
     if left:
         yield _item(f"{DOWNLOADS}/{left[0].name}", UNFINISHED, "unfinished download", left, cache, [lock])
 

@@ -314,12 +314,12 @@ def test_unfinished_work_has_rows_of_its_own_and_goes_at_one_word(command: Comma
         file(run / name)
     unfinished(outputs, "named")
     unfinished(cache / "twins", f"{TWIN}-r1")
-    for ending in (".partial", ".partial.json", ".lock"):
+    for ending in (".0123456789ab.partial", ".fedcba987654.partial", ".lock"):
         file(cache / "lavis" / f"eva_vit_g.pth{ending}")
     sizes = {name: item.size for name, item in listed(outputs).items() if item.group == clean.UNFINISHED}
     assert sizes == {
         "broken_off/unfinished": 1000, "mine/unfinished": 4000, "unfinished": 1000, "twins/unfinished": 1000,
-        "downloads/eva_vit_g.pth.partial": 3000,
+        "downloads/eva_vit_g.pth.0123456789ab.partial": 3000,
     }  # fmt: skip
     assert command("clean", "unfinished", "--yes", "--output-dir", outputs).status == 0
     assert set(listed(outputs)) == {"mine/model", "mine/tape", "mine/rest"}
@@ -382,7 +382,7 @@ def hold() -> Iterator[Callable[[Path], None]]:
 def test_what_another_process_is_writing_stays(command: Command, outputs: Path, cache: Path, hold):
     unfinished(run_folder(outputs / "mine"))
     unfinished(outputs / "other")
-    file(cache / "lavis" / "eva_vit_g.pth.partial")
+    file(cache / "lavis" / "eva_vit_g.pth.0123456789ab.partial")
     hold(outputs / "mine" / ".model.lock")
     hold(cache / "lavis" / "eva_vit_g.pth.lock")
     for name in ("mine/unfinished", "mine/model", "downloads"):
@@ -391,11 +391,14 @@ def test_what_another_process_is_writing_stays(command: Command, outputs: Path, 
         assert "another process is writing it" in ended.err
     ended = command("clean", "unfinished", "--yes", "--output-dir", outputs)
     assert ended.status == 0
-    assert {line.split()[0] for line in ended.said} == {"mine/unfinished", "downloads/eva_vit_g.pth.partial"}
+    assert {line.split()[0] for line in ended.said} == {
+        "mine/unfinished",
+        "downloads/eva_vit_g.pth.0123456789ab.partial",
+    }
     assert not (outputs / "other").exists()
     assert (outputs / "mine" / ".model.partial" / JOURNAL).is_file()
     assert (outputs / "mine" / "model" / "blip2nb.json").is_file()
-    assert (cache / "lavis" / "eva_vit_g.pth.partial").is_file()
+    assert (cache / "lavis" / "eva_vit_g.pth.0123456789ab.partial").is_file()
 
 
 def test_what_another_process_has_begun_to_write_since_it_was_listed_stays(outputs: Path):
