@@ -153,6 +153,8 @@ class ReportDifference:
         changes = [(one.what, str(one)) for one in self.changes] or [("nothing that the reports tell", "")]
         weights = "the same tensors, by hash" if self.same_weights else "other tensors"
         sections = [("They differ in", changes), ("Weights", [("converted from", weights)])]
+        wrong = [(letter, stage) for letter, stage in zip("AB", self.first_wrong, strict=True) if stage]
+        sections += [("First wrong at", wrong)] if wrong else []
         moved = [(move.stage, str(move)) for move in self.moved]
         sections.append(("Stages, error ÷ its own rounding", [*moved, *((words, "") for words in self._not_moved())]))
         if self.logits:
