@@ -320,6 +320,7 @@ def test_what_is_above_the_threshold_has_the_faults_colour_and_infinity_an_arrow
     assert "∞" in [text.get_text() for text in axes.texts]
 
 
+@pytest.mark.filterwarnings("error")
 def test_the_title_is_the_finding_and_the_legend_names_the_runs_and_counts_what_is_not_drawn() -> None:
     picture = pictured("pass", "two faults")
     assert title(picture) == compared("pass", "two faults").finding
