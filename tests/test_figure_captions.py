@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import edit_weights
-from made_up import REPORTS, drawn, steps, texts
+from made_up import REPORTS, WIDTHS, collisions, drawn, steps, texts
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -126,13 +126,22 @@ def test_thirty_tokens_and_long_words_stay_on_the_page_and_apart() -> None:
         assert all(box.x0 > axes.bbox.x0 for box in beneath)
 
 
-def test_a_caption_without_a_ladder_is_still_shown() -> None:
+def test_where_no_token_has_a_probability_there_is_no_picture() -> None:
     value = copy.deepcopy(REPORTS["fault"])
-    del value["captions"]["ladder"]
-    picture = plots.FIGURES["captions"](content(value), {})
-    assert len(picture.axes) == 1
-    assert "a cup on a plate" in texts(picture)
-    assert not any("runner-up" in words for words in texts(picture))
+    for ladders in ([], [{"lavis": [], "transformers": []}]):
+        value["captions"]["ladder"] = ladders
+        assert "captions" not in plots.available(content(value), {})
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_picture_is_the_plot_alone_and_the_alt_text_says_its_caption(width: float) -> None:
+    picture = drawn("captions", "fault", width)
+    assert picture.axes == [ladder_of(picture)]
+    assert not any("a cup on a plate" in words for words in texts(picture))
+    assert collisions(picture) == []
+    ours, theirs = (REPORTS["fault"]["captions"][side]["greedy"][1].strip() for side in ("lavis", "huggingface"))
+    assert f"LAVIS says “{ours}”, transformers “{theirs}”." in plots.alt_text("captions", content(REPORTS["fault"]), {})
+    assert "Both say “a cup on a plate”." in plots.alt_text("captions", content(REPORTS["pass"]), {})
 
 
 def test_the_table_has_every_caption_and_every_token() -> None:

@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from records import content
 
 from blip2nb.display import plots
-from blip2nb.display.figures import stage_map
+from blip2nb.display.figures.boxes import ARRIVAL
 from blip2nb.families.captioners import stages
 from blip2nb.trace.metrics import ARRIVAL_TOLERANCE
 from blip2nb.variants import VARIANTS
@@ -197,7 +197,7 @@ def test_a_place_where_the_wrong_thing_arrives_diverges() -> None:
 
 
 def test_what_may_arrive_is_what_the_comparison_allows() -> None:
-    assert stage_map._ARRIVAL == ARRIVAL_TOLERANCE
+    assert ARRIVAL == ARRIVAL_TOLERANCE
 
 
 def test_another_models_stages_are_folded_by_their_names_alone() -> None:

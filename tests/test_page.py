@@ -211,7 +211,9 @@ def test_where_it_first_goes_wrong_and_why() -> None:
 def test_what_completes_a_proof_is_told_without_paths(given: str, command: str) -> None:
     said = Read(page.render(content(weights_alone(given)), {}))
     assert f"{command} blip2nb verify RUN --tape tape.safetensors" in [element.text for element in said.all("pre")]
-    assert not {"Place by place", "The captions"} & {element.text for element in said.all("h2", "h3")}
+    assert not {"Place by place", "What both models say", "One caption, token by token"} & {
+        element.text for element in said.all("h2", "h3")
+    }
 
 
 def test_what_is_missing_is_listed_with_the_command_that_completes_it() -> None:
@@ -288,6 +290,20 @@ def test_more_than_200_faults_are_a_few_lines() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- the contents
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_both_models_say_is_there_in_words(case: str) -> None:
+    said = CASES[case][0]["captions"] or {side: {"greedy": []} for side in ("lavis", "huggingface")}
+    pairs = zip(said["lavis"]["greedy"], said["huggingface"]["greedy"], strict=True)
+    wanted = []
+    for number, (ours, theirs) in enumerate(pairs, 1):
+        sides = [("both", ours)] if ours == theirs else [("LAVIS", ours), ("transformers", theirs)]
+        wanted += [[str(number), who, " ".join(caption.split())] for who, caption in sides]
+    assert read(case).rows("said") == wanted
+    if case == "explained":
+        parted = [e.text for e in read(case).all("span") if e.attributes.get("class") == "wrong"]
+        assert [words.split(" in ")[0] for words in parted] == ["beside a red ball", "next to a red ball"]
 
 
 @pytest.mark.parametrize("case", CASES)

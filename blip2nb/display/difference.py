@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
+from blip2nb.display.captions import words_alike
 from blip2nb.display.figures.moves import SMALLEST_MOVE, Move
 from blip2nb.display.figures.words import as_count, as_number, as_percent, first_few, to_floats
 from blip2nb.display.text import VERDICTS
@@ -38,7 +39,7 @@ class Caption(CaptionChange):
     def __str__(self) -> str:
         """Both, a few words around the place where they part."""
         a, b = self.before.split(), self.after.split()
-        alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+        alike = words_alike(a, b)
         start, stop = max(alike - _WORDS_AROUND, 0), alike + _WORDS_AROUND
         parts = [["…"] * (start > 0) + words[start:stop] + ["…"] * (stop < len(words)) for words in (a, b)]
         return " → ".join(" ".join(words) or "(nothing)" for words in parts)
@@ -153,6 +154,8 @@ class ReportDifference:
         changes = [(one.what, str(one)) for one in self.changes] or [("nothing that the reports tell", "")]
         weights = "the same tensors, by hash" if self.same_weights else "other tensors"
         sections = [("They differ in", changes), ("Weights", [("converted from", weights)])]
+        wrong = [(letter, stage) for letter, stage in zip("AB", self.first_wrong, strict=True) if stage]
+        sections += [("First wrong at", wrong)] if wrong else []
         moved = [(move.stage, str(move)) for move in self.moved]
         sections.append(("Stages, error ÷ its own rounding", [*moved, *((words, "") for words in self._not_moved())]))
         if self.logits:

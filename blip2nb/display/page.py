@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from blip2nb.display import faults, plots, templates, text
+from blip2nb.display import captions, faults, plots, templates, text
 from blip2nb.display.figures.depth import Depth
 from blip2nb.display.figures.style import Arrays, Report, rasterise
 from blip2nb.display.figures.words import as_count, as_number, as_percent, as_times
@@ -68,6 +68,7 @@ def render(
         usage=text.program(report),
         completion=text.completion(report),
         numbers=text.numbers(report),
+        captions=captions.pairs(report),
         figures=list(_figures(report, arrays, drawn or {}, phone or {})),
         faults=[_fault(group) for group in faults.Faults(report).groups],
         stages=_stages(report) if report.stages else [],
@@ -125,9 +126,9 @@ def _about_logits(logits: schema.Logits) -> str:
 
 
 def _about_captions(report: Report) -> str:
-    captions = there(report.captions)
-    equal = {mode: sum(found.equal) for mode, found in captions.modes.items()}
-    count = len(captions.modes["greedy"].equal)
+    said = there(report.captions)
+    equal = {mode: sum(found.equal) for mode, found in said.modes.items()}
+    count = len(said.modes["greedy"].equal)
     words = (
         f"Of {as_count(count, 'image')}, {equal['greedy']} get the same caption in every token when decoded greedily, "
         f"{equal['beams']} with five beams, {equal['default']} with LAVIS's own settings."
@@ -270,8 +271,9 @@ _READING = {
         "it could only where the difference is more than half the lead of the first over the second.",
     ),
     "captions": (
-        "The captions",
-        "What both models say about each image, token by token. Where they part is marked.",
+        "One caption, token by token",
+        "A row for each token. The filled mark is how sure a model was of it, the hollow one how likely it found the "
+        "runner-up: where the two are close, little was needed for another word. The row that counts is tinted.",
     ),
     "worst_image": (
         "The image they agree on least",

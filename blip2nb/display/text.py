@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from blip2nb.display import captions
 from blip2nb.display.faults import Faults, number
 from blip2nb.forms import there
 from blip2nb.report.schema import Content, Stage
@@ -31,6 +32,8 @@ def describe(run: RunPaths) -> str:
     if report.faults:
         lines += ["", f"What goes wrong, and the likely cause ({len(report.faults)} in all)"]
         lines += [f"  {line}" for line in Faults(report).lines()]
+    if parted := captions.parted_lines(report):
+        lines += ["", "Where the captions part, decoded greedily", *(f"  {line}" for line in parted)]
     here = run.model.is_dir()
     again = "" if here else ", once it is converted again (the converted model was removed)"
     if report.incomplete:
@@ -124,7 +127,7 @@ def numbers(report: Content) -> list[tuple[str, str]]:
     ]
     if report.proof == "weights":
         return out
-    logits, pixels, captions = there(report.logits), there(report.pixel_values), there(report.captions)
+    logits, pixels, said = there(report.logits), there(report.pixel_values), there(report.captions)
     stages = report.stages
     excess = [stage for stage in stages if stage.excess is not None]
     worst = max(excess, key=lambda stage: stage.excess or 0.0, default=None)
@@ -156,7 +159,7 @@ def numbers(report: Content) -> list[tuple[str, str]]:
     )
     if logits.fixed is not None:
         out.append(("logits, with remedy", f"relative error {number(logits.fixed.relative, '.1e')}"))
-    modes = captions.modes
+    modes = said.modes
     for mode, label in (
         ("greedy", "captions, greedy"),
         ("beams", "captions, 5 beams"),
@@ -190,7 +193,7 @@ def verdict_html(report: Content) -> str:
     return (
         f"<div style='border-left:4px solid {colour};padding-left:12px'><strong>{html.escape(report.model_name)}: "
         f"{html.escape(report.verdict)}</strong> ({VERDICTS[report.verdict]})"
-        f"<p>{html.escape(report.summary)}</p>{faults}<table>{rows}</table>{completion}</div>"
+        f"<p>{html.escape(report.summary)}</p>{faults}<table>{rows}</table>{captions.as_html(report)}{completion}</div>"
     )
 
 

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from blip2nb.display.figures.style import FAULT, HAIRLINE, HALO, INK, MUTED
-from blip2nb.display.figures.words import as_plain_times, text_inches, tick_label, wrap_text
+from blip2nb.display.figures.words import text_inches, tick_label, wrap_text
 
 ERROR_DECADES = (-8, 0)  # a relative error's axis, the same in every figure, so that two runs compare by eye
 LOGIT_DECADES = (-8, 2)  # differences in the logits' own units
@@ -90,45 +90,6 @@ def draw_markers(
             axes.add_line(mark)
 
 
-def draw_dumbbells(
-    axes: Axes,
-    values: np.ndarray,
-    decades: tuple[float, float],
-    threshold: float,
-    sides: tuple[str, str],
-    marks: tuple[str, str] = ("", ""),
-) -> None:
-    """A row for each pair of values, joined by a line, each with its number; those above the threshold are faults.
-
-    Args:
-        values: (rows, 2).
-        sides: what the first (a diamond) and the second (a disc) are.
-        marks: what stands before "NaN" to say whose it is.
-    """
-    rows = np.arange(len(values), dtype=float)
-    shown = on_axis(values, decades)
-    axes.hlines(rows, shown[:, 0], shown[:, 1], color=MUTED, lw=1.0)
-    size = 5.0 if matplotlib.rcParams["font.size"] > 8 else 4.0
-    for side, marker in enumerate("Do"):
-        for wrong in (False, True):
-            where = (values[:, side] > threshold) == wrong
-            draw_markers(axes, rows, values[:, side], where, marker, FAULT if wrong else INK, size, decades,
-                         sides[side], flip=True)  # fmt: skip
-    small = matplotlib.rcParams["xtick.labelsize"]
-    for row, side in np.ndindex(values.shape):
-        number, x = float(values[row, side]), float(shown[row, side])
-        if math.isnan(number):
-            axes.axhspan(row - 0.4, row + 0.4, facecolor="none", edgecolor=HAIRLINE, hatch="////", lw=0, zorder=0.8)
-            axes.patches[-1].set_gid("NaN")
-            axes.text(0.99, row, f"{marks[side]}NaN", transform=axes.get_yaxis_transform(), ha="right", va="center",
-                      size=small, weight="bold", color=FAULT, bbox=HALO)  # fmt: skip
-        elif number > 0:  # a zero stands on the row of those that are bit-equal
-            other = float(shown[row, 1 - side])
-            right = x > other or math.isnan(other) or (x == other and side == 1)
-            axes.annotate(as_plain_times(number), (x, row), (5 if right else -5, 0), textcoords="offset points",
-                          ha="left" if right else "right", va="center", size=small)  # fmt: skip
-
-
 def mark_rounding(axes: Axes, threshold: float, top: float) -> None:
     """On an axis of error ÷ its own rounding up to 10**top: a line at 1, one at the threshold, a tint above that."""
     axes.set_ylabel("error ÷ its own\nrounding")
@@ -169,7 +130,7 @@ def ring_key(marker: str, colour: str) -> Line2D:
 def add_legend(picture: Figure, keys: Sequence[tuple[Artist, str]], width: float) -> None:
     """Under the figure, in as many columns as the words leave room for."""
     size = matplotlib.rcParams["legend.fontsize"]
-    needed = [text_inches(words, size) + 3.65 * size / 72 for _, words in keys]
+    needed = [max(text_inches(line, size) for line in words.split("\n")) + 3.65 * size / 72 for _, words in keys]
     columns = next(n for n in range(len(keys), 0, -1) if n == 1 or _across(needed, n) < width - 0.1)
     picture.legend([key for key, _ in keys], [words for _, words in keys], loc="outside lower left", ncols=columns,
                    handlelength=1.4, columnspacing=1.4, labelspacing=0.3, borderpad=0.1, borderaxespad=0.2)  # fmt: skip

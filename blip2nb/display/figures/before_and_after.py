@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 from matplotlib.lines import Line2D
 
-from blip2nb.display.figures.axes import add_legend, add_title, draw_dumbbells, legend_key, log_axis
+from blip2nb.display.figures.axes import add_legend, add_title, legend_key
+from blip2nb.display.figures.dumbbells import draw_moves, largest, rows_inches
 from blip2nb.display.figures.moves import SMALLEST_MOVE, Move
-from blip2nb.display.figures.style import FAULT, INK, MUTED, Arrays, Picture, Report, Row, styled
+from blip2nb.display.figures.style import FAULT, INK, Arrays, Picture, Report, Row, styled
 from blip2nb.display.figures.words import as_count, as_times, to_floats
-from blip2nb.forms import INFINITE
 from blip2nb.report.schema import Stage
-
-_DRAWN_STAGES = 20
 
 
 def available(report: Report, arrays: Arrays) -> bool:
@@ -32,23 +29,10 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
         width: inches.
     """
     moves, still = _moves(report.stages)
-    largest = sorted(moves, key=lambda move: -move.size)[:_DRAWN_STAGES]
-    drawn = [move for move in moves if move in largest]
-    row = 0.24 if width >= 5 else 0.2
-    picture = Picture(width, 1.5 + row * max(len(drawn), 2), alt_text(report, arrays))
-    axes = picture.add_subplot()
+    drawn = largest(moves)
+    picture = Picture(width, rows_inches(drawn, width), alt_text(report, arrays))
     add_title(picture, _moves_finding(moves))
-    values = np.array([[move.before, move.after] for move in drawn], dtype=float).reshape(-1, 2)
-    finite = values[(values > 0) & (values < INFINITE)]
-    decades = (-1.0, max(2.0, float(math.ceil(math.log10(max([*finite, 10 * report.threshold])) + 0.3))))
-    log_axis(axes, "x", decades, zero_row=bool((values == 0).any()), marks=[1, report.threshold])
-    axes.axvspan(report.threshold, 10 ** (decades[1] + 0.5), color=FAULT, alpha=0.07, linewidth=0)
-    axes.axvline(1, color=MUTED, lw=0.8)
-    axes.axvline(report.threshold, color=INK, lw=0.8, ls=(0, (4, 2)))
-    draw_dumbbells(axes, values, decades, report.threshold, ("as shipped", "with the fix"))
-    axes.set_yticks(range(len(drawn)), [move.stage for move in drawn])
-    axes.set_ylim(max(len(drawn), 1) - 0.4, -0.6)
-    axes.set_xlabel("error ÷ its own rounding")
+    draw_moves(picture.add_subplot(), drawn, report.threshold, ("as shipped", "with the fix"))
     keys = [(legend_key("D", FAULT), "as shipped"), (legend_key("o", INK), "with the fix")]
     words = f"not drawn: {as_count(still, 'stage')} moved by less than 10 %"
     if len(moves) > len(drawn):

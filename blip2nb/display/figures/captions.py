@@ -1,4 +1,4 @@
-"""F9, the captions: what both models say about each image, and how sure they were of each token of one of them."""
+"""F9, the captions: how sure both models were of each token of one of them, and how near each choice was to a tie."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from blip2nb.display.figures.axes import legend_key
+from blip2nb.display.figures.axes import add_legend, add_title, legend_key
 from blip2nb.display.figures.style import (
     FAULT,
     HALO,
@@ -37,128 +37,55 @@ _LEAST = -16.0  # nats; what is less likely than one in nine million is an arrow
 
 
 def available(report: Report, arrays: Arrays) -> bool:
-    return report.captions is not None and bool(report.captions.lavis.get("greedy"))
+    return _ladder_to_draw(report) is not None
 
 
 @styled
 def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
-    """F9: what both models say about each image, greedily, the word at which they part, and one caption as a ladder.
+    """F9: one caption as a ladder, decoded greedily: each token's log-probability in both models, and its runner-up's.
 
-    The ladder shows each token's log-probability in both models and that of its runner-up, which tells how near to a
-    tie it was. It is drawn of the first image on which the two part, or of the one with the nearest tie.
+    The distance to the runner-up tells how near to a tie the choice was. The caption is that of the first image on
+    which the two models part, or of the one with the nearest tie. What both say of all images is in `display.captions`.
 
     Args:
         report: `captions`, of `lavis` and `huggingface` by way of decoding, and its `ladder`; `random_weights`.
         arrays: not used.
         width: inches.
     """
-    said = there(report.captions)
-    ours, theirs = said.lavis["greedy"], said.huggingface["greedy"]
+    ladder = there(_ladder_to_draw(report))
+    labels = [
+        f"{_either(pair)}{'  NaN' if lost else ''}" for pair, lost in zip(ladder.tokens, ladder.lost, strict=True)
+    ]
+    small = matplotlib.rcParams["ytick.labelsize"]
+    across = width - 0.35 - max(text_inches(label, small, "bold") for label in labels)
+    heading, apart = wrap_text(_ladder_finding(ladder), across), wrap_text(_apart_words(ladder), across)
+    picture = Picture(width, 1.0, alt_text(report, arrays))
+    add_title(picture, _captions_finding(report))
+    lines = sum(words.count("\n") + 1 for words in (picture.get_suptitle(), heading, apart))
     size = matplotlib.rcParams["font.size"] / 72
-    ladder = _ladder_to_draw(report)
-    beside = ladder is not None and width >= 5
-    column = 0.5 * width if beside else width
-    entries = [_caption_lines(number, a, b, column - 0.2 - 4.6 * size)
-               for number, (a, b) in enumerate(zip(ours, theirs, strict=True), 1)]  # fmt: skip
-    notes = [wrap_text(words, column - 0.2) for words in _caption_notes(report)]
-    keys = _keys(parted=list(ours) != list(theirs), ladder=ladder is not None)
-    title = wrap_text(_captions_finding(ours, theirs), width - 0.15, "figure.titlesize", "bold")
-    top = 0.14 + 1.7 * size * (title.count("\n") + 1)
-    listed = 1.5 * size * sum(len(lines) + 0.5 for lines in entries)
-    under = size * (0.9 + 1.5 * (-(-len(keys) // 2) + sum(note.count("\n") + 1 for note in notes)))
-    steep = _ladder_inches(ladder, width - column if beside else width) if ladder else 0.0
-    height = top + (max(listed + under, steep) if beside else listed + steep + under)
-    picture = Picture(width, height, alt_text(report, arrays), layout=None)
-    page = picture.add_axes((0, 0, 1, 1))  # in inches from the top left: a page, not a plot
-    page.set(xlim=(0, width), ylim=(height, 0))
-    page.set_axis_off()
-    picture.suptitle(title, x=0.01, y=1 - 0.06 / height, ha="left", va="top")
-    down = top
-    for lines in entries:
-        for line in lines:
-            _caption_line(page, line, down, size)
-            down += 1.5 * size
-        down += 0.75 * size
-    if ladder:
-        left, above = (column, top) if beside else (0.0, down + 0.3 * size)
-        _draw_ladder(picture, page, ladder, left, above, width - left)
-        down += 0.0 if beside else steep
-    down += 0.4 * size
-    page.legend(list(keys.values()), list(keys), loc="upper left", ncols=2, borderpad=0,
-                bbox_to_anchor=(0.1 / width, 1 - down / height), handlelength=1.2, borderaxespad=0)  # fmt: skip
-    down += 1.5 * size * (-(-len(keys) // 2) - 1)
-    for note in notes:
-        down += 1.5 * size
-        page.text(0.1, down, note, va="top", color=MUTED)
-        down += 1.5 * size * note.count("\n")
+    picture.set_figheight(size * (1.28 * (len(labels) + 0.4) + 1.3 * lines + _AROUND[width >= 5]))
+    axes = picture.add_subplot()
+    axes.set_title(heading, loc="left")
+    axes.set_xlabel(f"log-probability of the token (nats)\n{apart}", loc="right")
+    _draw_ladder(axes, ladder, labels, across)
+    add_legend(picture, _keys(report), width)
     return picture
 
 
-def _keys(parted: bool, ladder: bool) -> dict[str, Line2D]:
-    keys = {"LAVIS": legend_key("o", LAVIS), "transformers": legend_key("s", TRANSFORMERS)}
-    if ladder:
-        hollow = legend_key("o", "white")
-        hollow.set(markeredgecolor=MUTED, markersize=5)
-        keys["hollow: the runner-up"] = hollow
-    if parted:
-        keys["from here they part"] = Line2D([], [], ls="", marker="|", mec=FAULT, mew=1.2)
+_AROUND = {True: 7.0, False: 9.5}  # letter heights that ticks, legend and air take, wide or narrow
+
+
+def _keys(report: Report) -> list[tuple[Artist, str]]:
+    hollow = legend_key("o", "white")
+    hollow.set(markeredgecolor=MUTED, markersize=5)
+    keys: list[tuple[Artist, str]] = [
+        (legend_key("o", LAVIS), "LAVIS"),
+        (legend_key("s", TRANSFORMERS), "transformers"),
+        (hollow, "hollow: the runner-up"),
+    ]
+    if report.random_weights:
+        keys.append((Line2D([], [], ls=""), "random weights: this caption is noise on purpose"))
     return keys
-
-
-@dataclasses.dataclass(frozen=True)
-class _Line:
-    """One line of a caption: its number and marks if it is the first, then pieces of text that are alike or are not."""
-
-    number: str
-    marks: tuple[str, ...]
-    pieces: tuple[tuple[str, bool], ...]
-
-
-def _caption_lines(number: int, ours: str, theirs: str, room: float) -> list[_Line]:
-    a, b = _readable_words(ours), _readable_words(theirs)
-    alike = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-    if ours == theirs:
-        return _broken_up(f"{number}", ("o", "s"), a, len(a), room)
-    if a == b:  # the same words; the spaces between them are not
-        a, b, alike = [as_token(ours)], [as_token(theirs)], 0
-    first = _broken_up(f"{number}", ("o",), a, alike, room)
-    return [*first, *_broken_up("", ("s",), b, alike, room)]
-
-
-def _readable_words(text: str) -> list[str]:
-    return [as_token(word, spaces=False) for word in text.split()]
-
-
-def _broken_up(number: str, marks: tuple[str, ...], words: list[str], alike: int, room: float) -> list[_Line]:
-    """Words in lines of at most `room` inches. Bold is wider, so what parts is measured as bold."""
-    lines: list[list[tuple[str, bool]]] = [[]]
-    used = 0.0
-    for place, word in enumerate(words or ["(nothing)"]):
-        same = place < alike
-        word = f"│{word}" if place == alike else word
-        needed = text_inches(word + " ", weight="normal" if same else "bold")
-        if lines[-1] and used + needed > room:
-            lines.append([])
-            used = 0.0
-        lines[-1].append((word, same))
-        used += needed
-    merged = [tuple((" ".join(w for w, _ in group), same) for same, group in itertools.groupby(line, lambda p: p[1]))
-              for line in lines]  # fmt: skip
-    return [_Line(number if n == 0 else "", marks if n == 0 else (), pieces) for n, pieces in enumerate(merged)]
-
-
-def _caption_line(page: Axes, line: _Line, down: float, size: float) -> None:
-    baseline = down + 0.95 * size
-    page.text(0.1 + 1.6 * size, baseline, line.number, ha="right", color=MUTED)
-    for mark in line.marks:
-        key = legend_key("o", LAVIS) if mark == "o" else legend_key("s", TRANSFORMERS)
-        key.set(xdata=[0.1 + (2.6 if mark == "o" else 3.6) * size], ydata=[down + 0.58 * size], markersize=5)
-        page.add_line(key)
-    x = 0.1 + 4.6 * size
-    for text, same in line.pieces:
-        weight = "normal" if same else "bold"
-        page.text(x, baseline, text, weight=weight, color=INK if same else FAULT)
-        x += text_inches(text + " ", weight=weight)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +134,7 @@ class _Ladder:
 
 def _ladder_to_draw(report: Report) -> _Ladder | None:
     """Of the first image on which the models part; else of the one with the nearest tie."""
-    whole = [_Ladder.of(n, both) for n, both in enumerate(there(report.captions).ladder, 1)]
+    whole = [_Ladder.of(n, both) for n, both in enumerate(report.captions.ladder if report.captions else (), 1)]
     ladders = [ladder for ladder in whole if ladder.tokens]
     parted = [ladder for ladder in ladders if ladder.parting is not None]
     return parted[0] if parted else min(ladders, key=lambda ladder: ladder.margins.min(), default=None)
@@ -226,48 +153,21 @@ def _ladder_finding(ladder: _Ladder) -> str:
     )
 
 
-def _row_inches() -> float:
-    return 1.28 * matplotlib.rcParams["font.size"] / 72
-
-
-def _ladder_heading(ladder: _Ladder, room: float) -> str:
-    return wrap_text(_ladder_finding(ladder), room - 0.2)
-
-
-def _ladder_inches(ladder: _Ladder, room: float) -> float:
-    """Height of heading, rows, axis and its two lines of words."""
-    size = matplotlib.rcParams["font.size"] / 72
-    lines = _ladder_heading(ladder, room).count("\n") + 1
-    return 1.35 * size * lines + 0.4 * size + _row_inches() * (len(ladder.tokens) + 0.4) + 5.5 * size
-
-
-def _draw_ladder(picture: Figure, page: Axes, ladder: _Ladder, left: float, top: float, room: float) -> None:
-    """The ladder as a plot of its own, at so many inches from the page's left and top."""
-    size, small = matplotlib.rcParams["font.size"] / 72, matplotlib.rcParams["ytick.labelsize"]
-    heading = _ladder_heading(ladder, room)
-    page.text(left + 0.1, top, heading, va="top", linespacing=1.15)
-    top += 1.35 * size * (heading.count("\n") + 1) + 0.4 * size
-    labels = [
-        f"{_either(pair)}{'  NaN' if lost else ''}" for pair, lost in zip(ladder.tokens, ladder.lost, strict=True)
-    ]
-    names = 0.2 + max(text_inches(label, small, "bold") for label in labels)
-    across, tall = room - names - 0.15, _row_inches() * (len(labels) + 0.4)
-    width, height = picture.get_size_inches()
-    axes = picture.add_axes(((left + names) / width, 1 - (top + tall) / height, across / width, tall / height))
+def _draw_ladder(axes: Axes, ladder: _Ladder, labels: Sequence[str], across: float) -> None:
+    """The rungs, from the top, on axes that are `across` inches wide."""
     axes.set_ylim(len(labels) - 0.3, -0.7)
     axes.set_yticks(range(len(labels)), labels)
     axes.grid(True, axis="x", color="#EFEFEF", lw=0.6)
     chosen, second = (np.maximum(values, _LEAST) for values in (ladder.chosen, ladder.second))
     ends = np.fmin(np.fmin.reduce(chosen, axis=1), np.fmin.reduce(second, axis=1))
     beneath = [_either((a or b, b or a)) for a, b in ladder.others]
+    small = matplotlib.rcParams["ytick.labelsize"]
     needed = np.array([text_inches(words, small) + 9 / 72 for words in beneath])
     # The words left of the marks must end inside the axis, whose scale depends on where it starts.
     starts = (ends * across - needed * 0.05) / (across - needed)
     low = min(-1.0, float(np.nan_to_num(starts, nan=-1.0).min()))
     axes.set_xlim(low, 0.05)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    words = wrap_text(_apart_words(ladder), room - 0.25)
-    axes.set_xlabel(f"log-probability of the token (nats)\n{words}", loc="right")
     _mark_rows(axes, ladder)
     rows = np.arange(len(labels))
     axes.hlines(rows, ends, np.fmax.reduce(chosen, axis=1), color=MUTED, lw=0.9, zorder=1.5)
@@ -325,34 +225,21 @@ def _rungs(
             axes.add_line(line)
 
 
-def _captions_finding(ours: Sequence[str], theirs: Sequence[str]) -> str:
+def _captions_finding(report: Report) -> str:
+    said = there(report.captions)
+    ours, theirs = said.lavis["greedy"], said.huggingface["greedy"]
     equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
     if equal == len(ours):
         return f"Both models say the same of {'all ' if equal > 1 else ''}{as_count(equal, 'image')} (greedy)"
     return f"The captions part on {len(ours) - equal} of {as_count(len(ours), 'image')} (greedy)"
 
 
-def _caption_notes(report: Report) -> list[str]:
-    notes = []
-    for mode, values in there(report.captions).modes.items():
-        equal = values.equal
-        if mode != "greedy" and equal:
-            notes.append(f"{_MODES.get(mode, mode)}: {sum(map(bool, equal))} of {len(equal)} equal")
-    if report.random_weights:
-        notes.append("random weights: this caption is noise on purpose")
-    return notes
-
-
-_MODES = {"beams": "five beams", "default": "five beams as LAVIS sets them by default"}
-
-
 def alt_text(report: Report, arrays: Arrays) -> str:
-    said = there(report.captions)
-    ours, theirs = said.lavis["greedy"], said.huggingface["greedy"]
-    ladder = _ladder_to_draw(report)
-    sure = f" {_ladder_finding(ladder)}." if ladder else ""
+    said, ladder = there(report.captions), there(_ladder_to_draw(report))
+    ours, theirs = (" ".join(side["greedy"][ladder.image - 1].split()) for side in (said.lavis, said.huggingface))
+    words = f"Both say “{ours}”" if ours == theirs else f"LAVIS says “{ours}”, transformers “{theirs}”"
     noise = " The weights are random, so the captions are noise on purpose." if report.random_weights else ""
-    return f"{_captions_finding(ours, theirs)}. {as_count(len(ours), 'image')} in all.{sure}{noise}"
+    return f"{_captions_finding(report)}. {_ladder_finding(ladder)}. {words}.{noise}"
 
 
 def table(report: Report, arrays: Arrays) -> list[dict[str, Any]]:

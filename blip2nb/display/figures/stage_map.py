@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
-import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +14,18 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from blip2nb.display.figures.axes import add_title, legend_key
-from blip2nb.display.figures.depth import Depth
+from blip2nb.display.figures.boxes import (
+    DIVERGES,
+    LOST,
+    ROUNDS,
+    UNJUDGED,
+    Box,
+    Part,
+    fares_of,
+    finding,
+    in_parts,
+    part_of,
+)
 from blip2nb.display.figures.style import (
     FAULT,
     HAIRLINE,
@@ -32,8 +40,7 @@ from blip2nb.display.figures.style import (
     Row,
     styled,
 )
-from blip2nb.display.figures.words import as_count, as_number, as_times, first_few, text_inches, wrap_text
-from blip2nb.report.schema import FirstDivergence, Stage
+from blip2nb.display.figures.words import as_count, text_inches, wrap_text
 
 
 def available(report: Report, arrays: Arrays) -> bool:
@@ -52,14 +59,14 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
         arrays: not used.
         width: inches. Two columns on a page, one in a column.
     """
-    parts = _parts(report)
+    parts = in_parts(report)
     count = 2 if width >= 5 and sum(len(part.boxes) for part in parts) > 3 else 1
     across = (width - _EDGE - (count - 1) * _GUTTER) / count
     columns = _columns([_Placed.of(part, across) for part in parts], count)
     room = _TURN if len(columns) > 1 else 0.03  # for the line from one column to the next
     tall = _KEY + room + max(sum(placed.height for placed in column) for column in columns)
     picture = Picture(width, tall, alt_text(report, arrays))
-    add_title(picture, _finding(report))
+    add_title(picture, finding(report))
     lines = picture.get_suptitle().count("\n") + 1
     picture.set_figheight(tall + _EDGE + 1.25 * lines * matplotlib.rcParams["figure.titlesize"] / 72)
     axes = picture.add_subplot()
@@ -78,189 +85,6 @@ _EDGE, _GUTTER, _KEY, _PAD, _BETWEEN_BOXES, _BETWEEN_PARTS, _CELL = 0.09, 0.3, 0
 _TURN, _MARK, _APART = 0.12, 0.13, 0.15  # a library's marker stands before each name; between two names in a line
 
 
-# -- how each place fared
-
-_DIVERGES, _LOST, _UNJUDGED, _ROUNDS, _EQUAL = (
-    "diverges", "not a number", "not judged", "agrees to rounding", "bit-equal",
-)  # fmt: skip
-"""Worst first."""
-
-_MARKS = {_DIVERGES: "✗", _LOST: "?", _UNJUDGED: "?", _ROUNDS: "✓", _EQUAL: "="}
-
-_ARRIVAL = 2.0**-20
-"""What arrives somewhere may differ by this much: trace.metrics.ARRIVAL_TOLERANCE, without loading torch."""
-
-
-def _fares(report: Report) -> list[str]:
-    depth = Depth.of(report)
-    found = []
-    for place in depth.places:
-        error = depth.arrival_error[place] if depth.junction[place] else depth.local_error[place]
-        if depth.wrong[place] or (depth.junction[place] and error > _ARRIVAL):
-            found.append(_DIVERGES)
-        elif depth.broken[place]:
-            found.append(_LOST)
-        elif error == 0:
-            found.append(_EQUAL)
-        else:
-            found.append(_UNJUDGED if depth.unjudged[place] else _ROUNDS)
-    return found
-
-
-def _finding(report: Report) -> str:
-    fares, first = _fares(report), report.first_divergence
-    counts = Counter(fares)
-    if first:
-        others = counts[_DIVERGES] - 1
-        rest = f"{as_count(others, 'other place')} diverge{'s' if others == 1 else ''}" if others else "all else agrees"
-        if counts[_LOST] + counts[_UNJUDGED] and not others:
-            rest = f"{as_count(counts[_LOST] + counts[_UNJUDGED], 'place')} cannot be judged"
-        return f"First wrong at {first.stage}: {_first_size(report, first)}; {rest}"
-    if counts[_DIVERGES]:
-        return f"{counts[_DIVERGES]} of {len(fares)} places diverge"
-    if counts[_LOST] + counts[_UNJUDGED]:
-        return f"{counts[_LOST] + counts[_UNJUDGED]} of {len(fares)} places cannot be judged, the others agree"
-    if counts[_EQUAL] == len(fares):
-        return f"All {len(fares)} places agree, bit for bit"
-    return f"All {len(fares)} places agree: {counts[_EQUAL]} bit-equal, {counts[_ROUNDS]} to rounding"
-
-
-def _first_size(report: Report, first: FirstDivergence) -> str:
-    stage = next((stage for stage in report.stages if stage.name == first.stage), None)
-    return _wrong_by(first.excess, None) if stage is None else _size_words(stage)
-
-
-def _size_words(stage: Stage) -> str:
-    """How wrong a place that diverges is."""
-    return _wrong_by(stage.excess, stage.arrival_error if stage.junction else None)
-
-
-def _wrong_by(excess: float | None, arrival: float | None) -> str:
-    if excess is not None and not math.isnan(excess):
-        return f"{as_times(excess)} its own rounding"
-    if arrival is not None and not math.isnan(arrival):
-        return f"off by {as_number(arrival)}"
-    return "not a number"
-
-
-# -- parts and boxes, read off the names
-
-
-@dataclasses.dataclass(frozen=True)
-class _Box:
-    """One place, or blocks that repeat.
-
-    Attributes:
-        label: its name within the part: `post_layernorm`, `block.00 … 38`.
-        names: the stages' own names.
-        reference, module: its place in LAVIS and in transformers.
-        fares: how each of its stages fared.
-        words: that in words.
-        note: the first divergence, if it is here: its full name, and its cause.
-    """
-
-    label: str
-    names: tuple[str, ...]
-    reference: str
-    module: str
-    fares: tuple[str, ...]
-    words: str
-    note: str
-
-    @property
-    def fare(self) -> str:
-        return next(fare for fare in _MARKS if fare in self.fares)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """Boxes that belong together; a place that belongs to no part has one of its own without a name."""
-
-    name: str
-    boxes: tuple[_Box, ...]
-
-
-def _parts(report: Report) -> list[_Part]:
-    """The stages in boxes, those in parts, in the order of the report."""
-    repeated: dict[str, list[int]] = {}
-    for place, stage in enumerate(report.stages):
-        repeated.setdefault(_template(stage.name), []).append(place)
-    fares = _fares(report)
-    boxes = [(_split(template)[0], _box(report, fares, places)) for template, places in repeated.items()]
-    parts: list[_Part] = []
-    for name, group in itertools.groupby(boxes, key=lambda pair: pair[0]):
-        inside = tuple(box for _, box in group)
-        parts += [_Part(name, inside)] if name else [_Part("", (box,)) for box in inside]
-    return parts
-
-
-def _template(name: str) -> str:
-    """`vision.block.07` → `vision.block.{n}`."""
-    return ".".join("{n}" if word.isdigit() else word for word in name.split("."))
-
-
-def _split(name: str) -> tuple[str, str]:
-    """(part, name within it): a number goes with the word before it."""
-    words = name.split(".")
-    last = 2 if len(words) > 1 and (words[-1].isdigit() or words[-1] == "{n}") else 1
-    return ".".join(words[:-last]), ".".join(words[-last:])
-
-
-def _box(report: Report, fares: Sequence[str], places: Sequence[int]) -> _Box:
-    stages, own = [report.stages[place] for place in places], tuple(fares[place] for place in places)
-    names = [stage.name for stage in stages]
-    first = report.first_divergence
-    label = _split(names[0])[1]
-    if len(names) > 1:
-        last = names[-1].split(".")[-1]
-        label += f" … {last}" if last.isdigit() else f" × {len(names)}"
-    note = f"{first.stage}: {first.cause or 'the cause is not known'}" if first and first.stage in names else ""
-    return _Box(
-        label=label,
-        names=tuple(names),
-        reference=_folded([stage.reference or "—" for stage in stages]),
-        module=_folded([stage.module or "—" for stage in stages]),
-        fares=own,
-        words=_fare_words(stages, own),
-        note=note,
-    )
-
-
-def _folded(paths: Sequence[str]) -> str:
-    """The paths as one, with {n} for the numbers in which they differ."""
-    pieces = [re.split(r"(\d+)", path) for path in paths]
-    if len({len(words) for words in pieces}) > 1:
-        return f"{paths[0]}, …"
-    columns = [list(dict.fromkeys(column)) for column in zip(*pieces, strict=True)]
-    if any(len(column) > 1 and not column[0].isdigit() for column in columns):
-        return f"{paths[0]}, …"
-    return "".join(column[0] if len(column) == 1 else "{n}" for column in columns)
-
-
-def _fare_words(stages: Sequence[Stage], fares: Sequence[str]) -> str:
-    counts = Counter(fares)
-    worst = next(fare for fare in _MARKS if fare in counts)
-    mark, number = _MARKS[worst], counts[worst]
-    if worst == _DIVERGES:
-        wrong = [stage for stage, fare in zip(stages, fares, strict=True) if fare == _DIVERGES]
-        if len(stages) == 1:
-            return f"{mark} {_size_words(wrong[0])}"
-        if number == 1:
-            name = wrong[0].name
-            which = _split(name)[1] if name.split(".")[-1].isdigit() else name
-            return f"{mark} {which}: {_size_words(wrong[0])}"
-        numbers = [next(word for word in s.name.split(".")[::-1] if word.isdigit()) for s in wrong]
-        return f"{mark} {number} of {len(stages)} diverge: {first_few(numbers, 3)}"
-    if len(counts) == 1:
-        return f"{mark} {worst}"
-    if worst == _ROUNDS:
-        return f"{mark} {number} to rounding, {counts[_EQUAL]} bit-equal"
-    return f"{mark} {number} of {len(stages)} {worst}"
-
-
-# -- placing and drawing
-
-
 @dataclasses.dataclass(frozen=True)
 class _Line:
     """A line of text in a box: a `name` with how it fared at the `right` end, that alone (`fare`), the two `places` or
@@ -275,11 +99,11 @@ class _Line:
 class _Placed:
     """A part with its boxes' lines, which depend on how wide it is. Heights are in inches."""
 
-    part: _Part
+    part: Part
     lines: tuple[tuple[_Line, ...], ...]
 
     @classmethod
-    def of(cls, part: _Part, across: float) -> _Placed:
+    def of(cls, part: Part, across: float) -> _Placed:
         room = across - 4 * _PAD - (2 * _PAD if part.name else 0)
         return cls(part, tuple(_box_lines(box, room) for box in part.boxes))
 
@@ -311,7 +135,7 @@ def _size(kind: str) -> float:
     return matplotlib.rcParams["font.size" if kind in ("name", "part") else "xtick.labelsize"]
 
 
-def _box_lines(box: _Box, room: float) -> tuple[_Line, ...]:
+def _box_lines(box: Box, room: float) -> tuple[_Line, ...]:
     label = _shortened(box.label, room, "name")
     fits = text_inches(label, _size("name"), "bold") + text_inches(box.words, _size("fare"), "bold") + 0.12 < room
     lines = [_Line("name", label, box.words if fits else "")]
@@ -322,7 +146,7 @@ def _box_lines(box: _Box, room: float) -> tuple[_Line, ...]:
     return (*lines, *(_Line("note", line) for line in notes))
 
 
-def _place_lines(box: _Box, room: float) -> list[_Line]:
+def _place_lines(box: Box, room: float) -> list[_Line]:
     """Both libraries' names, in one line if there is room."""
     needed = sum(_MARK + text_inches(name, _size("places")) for name in (box.reference, box.module))
     if needed + _APART <= room:
@@ -406,19 +230,19 @@ def _draw_part(axes: Axes, placed: _Placed, left: float, across: float, y: float
         y += height + _BETWEEN_BOXES
 
 
-_FACES = {_DIVERGES: "#FBE5D8", _ROUNDS: "#EDEDED"}
+_FACES = {DIVERGES: "#FBE5D8", ROUNDS: "#EDEDED"}
 
 
 _LIBRARIES = {"LAVIS": [("o", LAVIS)], "transformers": [("s", TRANSFORMERS)]}
 _LIBRARIES["places"] = _LIBRARIES["LAVIS"] + _LIBRARIES["transformers"]
 
 
-def _draw_box(axes: Axes, box: _Box, lines: Sequence[_Line], where: tuple[float, float, float, float]) -> None:
+def _draw_box(axes: Axes, box: Box, lines: Sequence[_Line], where: tuple[float, float, float, float]) -> None:
     left, y, across, _ = where
-    lit = box.fare == _DIVERGES
+    lit = box.fare == DIVERGES
     edge, thick = (FAULT, 1.6) if lit else (MUTED, 0.6)
     axes.add_patch(_rounded(*where, facecolor=_FACES.get(box.fare, "white"), edgecolor=edge, linewidth=thick, zorder=2,
-                            linestyle="--" if box.fare in (_LOST, _UNJUDGED) else "-"))  # fmt: skip
+                            linestyle="--" if box.fare in (LOST, UNJUDGED) else "-"))  # fmt: skip
     axes.patches[-1].set_gid(box.fare)
     x, end = left + 2 * _PAD, left + across - 2 * _PAD
     y += _PAD
@@ -442,13 +266,13 @@ def _draw_box(axes: Axes, box: _Box, lines: Sequence[_Line], where: tuple[float,
         _cells(axes, box, x, end, y + _PAD)
 
 
-def _cells(axes: Axes, box: _Box, left: float, right: float, y: float) -> None:
+def _cells(axes: Axes, box: Box, left: float, right: float, y: float) -> None:
     """A cell for each of the blocks that the box stands for."""
     pitch = (right - left) / len(box.fares)
     for number, (name, fare) in enumerate(zip(box.names, box.fares, strict=True)):
-        colour = {_DIVERGES: FAULT, _ROUNDS: ROUNDING}.get(fare, "white")
-        hatch = "//////" if fare in (_LOST, _UNJUDGED) else None
-        grow = 0.025 if fare == _DIVERGES else 0.0  # seen in grey too
+        colour = {DIVERGES: FAULT, ROUNDS: ROUNDING}.get(fare, "white")
+        hatch = "//////" if fare in (LOST, UNJUDGED) else None
+        grow = 0.025 if fare == DIVERGES else 0.0  # seen in grey too
         edge, thick, above = (INK, 0.8, 3.5) if grow else (MUTED, 0.4, 3.0)
         corner, height = (left + number * pitch, y - grow), _CELL + 2 * grow
         axes.add_patch(Rectangle(corner, pitch, height, fc=colour, hatch=hatch, ec=edge, lw=thick, zorder=above))
@@ -479,14 +303,14 @@ def _lead_over(axes: Axes, before: Sequence[_Placed], after: Sequence[_Placed], 
 
 
 def alt_text(report: Report, arrays: Arrays) -> str:
-    parts = ", ".join(part.name or part.boxes[0].label for part in _parts(report))
-    return f"Map of {as_count(len(report.stages), 'place')} in the order of the network: {parts}. {_finding(report)}."
+    parts = ", ".join(part.name or part.boxes[0].label for part in in_parts(report))
+    return f"Map of {as_count(len(report.stages), 'place')} in the order of the network: {parts}. {finding(report)}."
 
 
 def table(report: Report, arrays: Arrays) -> list[Row]:
     """A row for each stage."""
     return [
-        {"name": stage.name, "part": _split(_template(stage.name))[0], "lavis": stage.reference,
+        {"name": stage.name, "part": part_of(stage.name), "lavis": stage.reference,
          "transformers": stage.module, "fare": fare, "excess": stage.excess}
-        for stage, fare in zip(report.stages, _fares(report), strict=True)
+        for stage, fare in zip(report.stages, fares_of(report), strict=True)
     ]  # fmt: skip

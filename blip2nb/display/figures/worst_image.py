@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import blended_transform_factory
 
+from blip2nb.display.captions import words_alike
 from blip2nb.display.figures.axes import (
     KL_DECADES,
     add_legend,
@@ -175,9 +176,7 @@ def _caption_lines(report: Report, room: float) -> list[tuple[str, str]]:
 
 
 def _parting(worst: Worst) -> str:
-    ours, theirs = worst.lavis.split(), worst.transformers.split()
-    alike = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    return f"they part at word {alike + 1}"
+    return f"they part at word {words_alike(worst.lavis.split(), worst.transformers.split()) + 1}"
 
 
 def _write_captions(picture: Figure, axes: Axes, lines: list[tuple[str, str]]) -> None:
