@@ -362,6 +362,28 @@ def test_layers_whose_attentions_were_exchanged_are_not_exchanged(models):
     assert {one.causes[0].id for one in found.findings} == {"weight_swapped"}
 
 
+class Positions(torch.nn.Embedding):
+    """A table that is looked up past an offset, as OPT's."""
+
+    def __init__(self, offset=2):
+        super().__init__(20, 16)
+        self.past = offset
+
+    def forward(self, at):
+        return super().forward(at + self.past)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_shifted_positions_are_told_in_every_precision(dtype):
+    torch.manual_seed(0)
+    reference, candidate = torch.nn.Sequential(Positions()).eval(), torch.nn.Sequential(Positions(0)).eval()
+    candidate.load_state_dict(reference.state_dict())
+    stage = trace.Stage("positions", "0", "0", inputs={"at": ":at"})
+    found = trace.compare(reference, candidate.to(dtype), [stage], torch.arange(12)[None], known=trace.Known())
+    assert [(one.stage, one.causes[0].id) for one in found.findings] == [("positions", "position_shifted")], found
+    assert "-2 from" in found.findings[0].causes[0].words
+
+
 def test_two_models_that_are_the_same_have_no_fault(models):
     found = trace.compare(*models, TABLE, noise(1, 10, 16))
     assert found.findings == ()
