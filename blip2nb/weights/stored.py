@@ -30,7 +30,8 @@ SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "
 """Bytes per element of each dtype that a checkpoint may hold, by safetensors' name."""
 
 PIECE = 1 << 20
-"""Bytes read, hashed, cast and written at a time: about what a core's own cache holds."""
+"""Bytes read, hashed, cast and written at a time: about what a core's own cache holds. Chosen: reading, scanning and
+hashing run within a fifth of each other from 64 KiB to 4 MiB, and at half the speed with 16 MiB (EPYC, one thread)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +195,8 @@ _NOT_FINITE: dict[
     "F32": (np.uint32, 0x7FFFFFFF, 0x7F800000),
     "F64": (np.uint64, 0x7FFFFFFFFFFFFFFF, 0x7FF0000000000000),
 }
-_SCAN = 1 << 17  # bytes looked at in one go: what is written in between stays in a core's own cache
+# Bytes looked at in one go. What is written in between stays in a core's own cache: half of a small one, of 256 KiB.
+_SCAN = 1 << 17
 
 
 def is_finite(piece: memoryview, dtype: str) -> bool:

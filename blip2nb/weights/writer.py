@@ -187,8 +187,12 @@ class ShardFile:
         self._handle = self._direct = -1
 
 
-_PAGE = 4096  # what O_DIRECT wants memory, place and length to be multiples of: the largest block of usual disks
-_WORTHWHILE = 1 << 18  # bytes from which on writing past the page cache is faster
+# O_DIRECT wants memory, place and length to be multiples of the disk's logical block: 512 or 4096 bytes. Where that is
+# more, the write is refused, and goes through the page cache.
+_PAGE = 4096
+# Bytes from which on a tensor is written past the page cache. Chosen, not measured to the byte: below it are norms and
+# biases, a thousandth of a model's bytes, for which a wait for the disk each costs more than the copy that is saved.
+_WORTHWHILE = 1 << 18
 
 
 def _as_in_pages(pieces: Iterable[Buffer], start: int) -> Iterator[memoryview]:
@@ -410,9 +414,12 @@ def _remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
+_FULL = 1 << 16  # bytes; a disk that has fewer is full. Chosen: less than any of the files that fill one
+
+
 def _is_full(folder: Path) -> bool:
     try:
-        return shutil.disk_usage(folder).free < 16 * _PAGE
+        return shutil.disk_usage(folder).free < _FULL
     except OSError:
         return False
 
