@@ -23,8 +23,7 @@ from blip2nb.bars import progress_bar
 log = logging.getLogger("blip2nb")
 
 TIMEOUT = 10.0
-"""Seconds to wait for a server to answer, and for the next bytes of an answer: huggingface_hub's, so that all of a model's
-files are waited for alike."""
+"""Seconds to wait for a server to answer, and for the next bytes of an answer: as long as huggingface_hub waits."""
 
 # How often in a row an attempt may bring nothing new, and the seconds before the next, doubled each time: 15 in all.
 # Chosen: what a router takes to come back is waited for, and nobody waits a minute to be told that there is no network.
