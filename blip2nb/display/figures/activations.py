@@ -29,7 +29,7 @@ from blip2nb.display.figures.words import as_count, as_number, tick_label
 _RMS, _LOW, _HIGH, _MAXIMUM = range(4)  # the columns of both arrays
 _COMPARED = {_RMS: "RMS", _HIGH: "99th percentile", _MAXIMUM: "maximum"}  # the smallest values are noise in any pair
 _DASHED, _PALE = (0, (3, 1.5)), 0.17
-_PARTED = 1.1  # a smaller factor does not show on a log axis; the title says how large it is all the same
+_PARTED = 1.1  # by eye: a smaller factor does not show on a log axis, and the title says how large it is all the same
 
 
 def available(report: Report, arrays: Arrays) -> bool:

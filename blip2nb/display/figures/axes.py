@@ -18,8 +18,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from blip2nb.display.figures.style import FAULT, HAIRLINE, HALO, INK, MUTED
 from blip2nb.display.figures.words import text_inches, tick_label, wrap_text
 
-ERROR_DECADES = (-8, 0)  # a relative error's axis, the same in every figure, so that two runs compare by eye
-LOGIT_DECADES = (-8, 2)  # differences in the logits' own units
+# The same in every figure, so that two runs compare by eye. What lies beyond an end is an arrowhead there.
+ERROR_DECADES = (-8, 0)  # relative: from below what float32 rounds (6e-8) to an error as large as the value
+LOGIT_DECADES = (-8, 2)  # differences in the logits' own units: these are some units to some tens themselves
 KL_DECADES = (-16, 1)  # goes with the square of the error
 
 

@@ -179,6 +179,9 @@ def _folded(paths: Sequence[str]) -> str:
     return "".join(column[0] if len(column) == 1 else "{n}" for column in columns)
 
 
+_NUMBERS = 3  # so many blocks' numbers fit beside a box's name; each has a cell of its own beneath
+
+
 def _fare_words(stages: Sequence[Stage], fares: Sequence[str]) -> str:
     counts = Counter(fares)
     worst = next(fare for fare in _MARKS if fare in counts)
@@ -192,7 +195,7 @@ def _fare_words(stages: Sequence[Stage], fares: Sequence[str]) -> str:
             which = _split(name)[1] if name.split(".")[-1].isdigit() else name
             return f"{mark} {which}: {_size_words(wrong[0])}"
         numbers = [next(word for word in s.name.split(".")[::-1] if word.isdigit()) for s in wrong]
-        return f"{mark} {number} of {len(stages)} diverge: {first_few(numbers, 3)}"
+        return f"{mark} {number} of {len(stages)} diverge: {first_few(numbers, _NUMBERS)}"
     if len(counts) == 1:
         return f"{mark} {worst}"
     if worst == ROUNDS:

@@ -33,7 +33,9 @@ from blip2nb.display.figures.words import as_count, as_number, as_token, text_in
 from blip2nb.forms import there
 from blip2nb.report.schema import Ladder
 
-_LEAST = -16.0  # nats; what is less likely than one in nine million is an arrowhead at the axis's end
+_LEAST = -16.0
+"""Nats, one in nine million. The likeliest of 50 000 tokens is never below −11; of a runner-up that is less likely than
+this, an arrowhead at the axis's end says enough."""
 
 
 def available(report: Report, arrays: Arrays) -> bool:
@@ -183,7 +185,7 @@ def _draw_ladder(axes: Axes, ladder: _Ladder, labels: Sequence[str], across: flo
 def _either(pair: tuple[str | None, str | None]) -> str:
     """The token, or both where the models differ; what is long is cut, since a URL leaves no room for the plot."""
     a, b = (_word(text) for text in pair)
-    most = 14 if a == b else 9
+    most = 14 if a == b else 9  # letters
     a, b = (text if len(text) <= most else f"{text[: most - 1]}…" for text in (a, b))
     return a if pair[0] == pair[1] else f"{a} | {b}"
 

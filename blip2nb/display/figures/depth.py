@@ -85,7 +85,7 @@ def part_lines(axes: Axes, depth: Depth) -> None:
 
 
 def block_ticks(axes: Axes, depth: Depth, width: float) -> None:
-    """A tick every fourth block; as many of them numbered as have room."""
+    """A tick every fourth block, which is near enough to count from; as many of them numbered as have room."""
     blocks = {place: int(name.rsplit(".", 1)[1]) for place, name in enumerate(depth.names)
               if re.search(r"\.\d+$", name)}  # fmt: skip
     pitch = (width - 0.9) / max(len(depth.names), 1)

@@ -147,11 +147,15 @@ def _excess_over_depth(axes: Axes, depth: Depth, threshold: float, width: float)
     name_zones(axes, wrong, len(depth.names), threshold, width)
 
 
-def _fault_sizes(axes: Axes, depth: Depth, shown: np.ndarray, width: float, most: int = 4) -> None:
+_MOST_SIZES = 4  # of more faults than have room for a number each, the first alone has one
+_MOST_OTHERS = 3  # so many further faults fit in a line over a page-wide picture; the rest are counted
+
+
+def _fault_sizes(axes: Axes, depth: Depth, shown: np.ndarray, width: float) -> None:
     """How many times its rounding, beside each fault, on a side where no other fault's line is crossed."""
     wrong = depth.places[depth.wrong & ~np.isnan(depth.excess)]
     size, pitch = matplotlib.rcParams["legend.fontsize"], (width - 0.9) / len(depth.names)
-    for place in wrong if len(wrong) <= most else wrong[:1]:
+    for place in wrong if len(wrong) <= _MOST_SIZES else wrong[:1]:
         words = as_times(depth.excess[place])
         reach = (text_inches(words, size, "bold") + 0.1) / pitch
         for side, ha, end in ((5, "left", place + reach), (-5, "right", place - reach)):
@@ -171,7 +175,7 @@ def _callout(picture: Figure, above: Axes, below: Axes, report: Report, depth: D
     lines = [_divergence_words(first, depth, place), first.cause or "the cause is not known"]
     others = [f"{depth.names[p]} ({as_times(depth.excess[p])})" for p in depth.places[depth.wrong] if p != place]
     if others:
-        lines.append("also: " + first_few(others, 3))
+        lines.append("also: " + first_few(others, _MOST_OTHERS))
     room = width - (1.0 if width >= 5 else 0.85)
     text = "\n".join(wrap_text(line, room, "legend.fontsize") for line in lines)
     size = matplotlib.rcParams["legend.fontsize"]

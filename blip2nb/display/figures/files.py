@@ -87,9 +87,12 @@ def _bar_words(kinds: Mapping[str, int]) -> str:
     return as_bytes(total) + (f", {as_bytes(fused)} of it fused" if fused else "")
 
 
+_NAMED = 2  # full names of tensors are long: so many fit under the picture; all are in the report's page
+
+
 def _account(weights: Weights) -> str:
     names = {"Missing": weights.missing, "Unexpected": weights.unexpected}
-    sentences = [f"{what}: {first_few(list(some), 2)}." for what, some in names.items() if some]
+    sentences = [f"{what}: {first_few(list(some), _NAMED)}." for what, some in names.items() if some]
     parts = [f"{len(getattr(weights, key))} {words}" for key, words in _NOT_WRITTEN.items()]
     sentences.append(f"Not written, by name: {', '.join(parts)}.")
     for key, (proven, refuted) in _PROOFS.items():

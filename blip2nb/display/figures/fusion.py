@@ -90,8 +90,9 @@ def _fusion_finding(values: Fusion) -> str:
     return f"A random key bias changes the output by {as_number(key)}: that should be rounding alone"
 
 
-# A block's own rounding in float32 is about 2e-7, and a large bias costs a digit more; one that counts changes tenths.
 _ROUNDING_EFFECT = 1e-5
+"""A block's own rounding in float32 is about 2e-7, and a large bias costs a digit more; one that counts changes
+tenths."""
 
 
 def _bias_effects(axes: Axes, values: Fusion) -> None:

@@ -187,10 +187,13 @@ def _name_places(axes: Axes, inside: _Inside, width: float) -> None:
     axes.set_xlabel("places inside, in the order of execution")
 
 
+_MOST_CAUSES = 2  # a cause takes up to three lines over a narrow picture; all are in the report's list of faults
+
+
 def _causes(inside: _Inside, room: float) -> str:
     """The likeliest cause of the first faults, in lines of at most `room` inches."""
     lines = []
-    for fault in inside.faults[:2]:
+    for fault in inside.faults[:_MOST_CAUSES]:
         words, test = said(fault, fault.causes[0]), outcome(fault.causes[0])
         lines.append(f"{fault.part}: {words}{f' ({test})' if test else ''}")
     if len(inside.faults) > len(lines):

@@ -69,7 +69,10 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
 
 
 def _flips(arrays: Arrays) -> np.ndarray:
-    """Positions at which the difference is large enough to swap the first two tokens."""
+    """Positions at which the difference is large enough to swap the first two tokens.
+
+    At worst the first token falls by the difference and the second rises by it: they meet at half their margin.
+    """
     return np.asarray(arrays["logits/max_abs"]) > np.asarray(arrays["logits/margin"]) / 2
 
 
@@ -95,9 +98,13 @@ def _per_position(axes: Axes, values: np.ndarray, decades: tuple[float, float], 
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
+_TOP = 10  # of the 50 that the arrays have: a row of the panel for each
+_LETTERS = 14  # of a token, before it is cut: a URL leaves no room for the plot
+
+
 def _top_tokens(axes: Axes, report: Report, arrays: Arrays) -> None:
-    readable = [as_token(text) for text in report.top_tokens[:10]]
-    texts = [text if len(text) <= 14 else f"{text[:13]}…" for text in readable]  # a URL leaves no room for the plot
+    readable = [as_token(text) for text in report.top_tokens[:_TOP]]
+    texts = [text if len(text) <= _LETTERS else f"{text[: _LETTERS - 1]}…" for text in readable]
     ours = np.asarray(arrays["logits/top_lavis"], dtype=float)[-1][: len(texts)]
     theirs = np.asarray(arrays["logits/top_huggingface"], dtype=float)[-1][: len(texts)]
     y = np.arange(len(texts))
@@ -117,7 +124,7 @@ def _top_tokens(axes: Axes, report: Report, arrays: Arrays) -> None:
 def _flip_risk(axes: Axes, arrays: Arrays, flips: np.ndarray) -> None:
     margin = np.asarray(arrays["logits/margin"], dtype=float)
     difference = np.asarray(arrays["logits/max_abs"], dtype=float)
-    across = (-6, 2)
+    across = (-6, 2)  # a margin is some units; at a logit of 10 two neighbouring float32 are 1e-6 apart
     log_axis(axes, "y", LOGIT_DECADES, zero_row=True)
     log_axis(axes, "x", across)
     edge = np.array([10.0 ** (across[0] - 1), 10.0 ** (across[1] + 1)])

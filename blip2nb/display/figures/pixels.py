@@ -57,7 +57,7 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
     return picture
 
 
-_CELLS = (112, 112)
+_CELLS = (112, 112)  # one is two pixels of 224 each way, and about two dots of a narrow picture's PNG
 
 
 _PIXEL_TITLES = {"image": "the image", "pil": "LAVIS −\nPIL processor", "default": "LAVIS −\ndefault processor"}

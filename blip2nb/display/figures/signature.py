@@ -35,6 +35,10 @@ _NONE = 1e-3
 """A share of less than a tenth of a percent is drawn as none."""
 
 _BINS = 32
+"""Of the curve: enough for the bend of an activation function, few against the hundreds of values that are fitted."""
+
+_FAR = 3.0
+"""What is more than three times as far from zero as the typical values are would press the rest into a dot."""
 
 
 def available(report: Report, arrays: Arrays) -> bool:
@@ -267,7 +271,7 @@ def _reach(values: np.ndarray, typical: np.ndarray) -> float:
     """How far a symmetric axis goes: to the last value, unless few are so far off that the rest would be a dot."""
     most = np.abs(values[np.isfinite(values)]).max(initial=0)
     near = np.abs(values[typical]).max(initial=0)
-    return 1.2 * (most if most <= 3 * near or not near else 1.3 * near) or 1.0
+    return 1.2 * (most if most <= _FAR * near or not near else 1.3 * near) or 1.0
 
 
 def _arrowheads(axes: Axes, x: np.ndarray, y: np.ndarray, right: float, top: float) -> None:

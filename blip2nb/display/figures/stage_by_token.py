@@ -64,6 +64,10 @@ def _beside(place: SubplotSpec, widths: list[float]) -> list[SubplotSpec]:
     return [grid[number] for number in range(len(widths))]
 
 
+_MOST_ROWS = 150
+"""Of patches in a map: about two dots of the PNG for each where it is narrow and the map 1.45 inches high."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _Panel:
     """Stages that have the same positions, such as the vision tower's."""
@@ -82,7 +86,7 @@ class _Panel:
     @property
     def together(self) -> int:
         """How many neighbouring patches share a row, so that a picture can hold the rows."""
-        sizes = (n for n in range(1, self.grid) if self.grid % n == 0 and self.grid**2 // n <= 150)
+        sizes = (n for n in range(1, self.grid) if self.grid % n == 0 and self.grid**2 // n <= _MOST_ROWS)
         return next(sizes, self.grid)
 
     @property
@@ -345,6 +349,16 @@ def _finding(report: Report, panels: list[_Panel]) -> str:
     return f"{before}At {stage} {_where(panel, errors)}"
 
 
+_MOST_OF_IT = 0.9
+"""Of the squared error: places that hold so much hold it for the title."""
+
+_FEW = 1 / 8
+"""By eye: so small a share of the places is a spot in the map, where more are a pattern."""
+
+_ALIKE = 3.0
+"""By eye: a factor of three from the median is half a decade, of eight that the colours span."""
+
+
 def _where(panel: _Panel, errors: np.ndarray) -> str:
     """Where a stage's error sits, told by shares of the sum of its squares, beside the share if all were alike."""
     if not errors.any():
@@ -354,12 +368,14 @@ def _where(panel: _Panel, errors: np.ndarray) -> str:
     shares = np.square(errors) / np.square(errors).sum()
     order = np.argsort(-shares)
     worst, top = panel.position(int(order[0])), as_percent(shares[order[0]])
-    few = int(np.searchsorted(np.cumsum(shares[order]), 0.9)) + 1
+    few = int(np.searchsorted(np.cumsum(shares[order]), _MOST_OF_IT)) + 1
     if few == 1:
         return f"the error sits in one of {panel.counted}: {worst} holds {top} of it"
-    if few <= len(errors) / 8:
-        return f"the error sits in a few places: {few} of {panel.counted} hold 90 % of it, {worst} the most"
-    alike = errors.max() <= 3 * np.median(errors) and np.quantile(errors, 0.1) >= np.median(errors) / 3
+    if few <= len(errors) * _FEW:
+        share = as_percent(_MOST_OF_IT)
+        return f"the error sits in a few places: {few} of {panel.counted} hold {share} of it, {worst} the most"
+    middle = np.median(errors)  # below it a tenth may be far off: some positions are bit-equal or nearly
+    alike = errors.max() <= _ALIKE * middle and np.quantile(errors, 0.1) >= middle / _ALIKE
     how = "is alike everywhere" if alike else "is uneven"
     even = as_percent(1 / len(errors))
     return f"the error {how}: the worst of {panel.counted}, {worst}, holds {top} of it (an even share is {even})"

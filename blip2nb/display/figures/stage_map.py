@@ -60,7 +60,7 @@ def draw(report: Report, arrays: Arrays, width: float = 7.0) -> Picture:
         width: inches. Two columns on a page, one in a column.
     """
     parts = in_parts(report)
-    count = 2 if width >= 5 and sum(len(part.boxes) for part in parts) > 3 else 1
+    count = 2 if width >= 5 and sum(len(part.boxes) for part in parts) > 3 else 1  # three boxes are no column
     across = (width - _EDGE - (count - 1) * _GUTTER) / count
     columns = _columns([_Placed.of(part, across) for part in parts], count)
     room = _TURN if len(columns) > 1 else 0.03  # for the line from one column to the next

@@ -77,7 +77,7 @@ def rasterise(picture: Figure, dpi: int) -> Image.Image:
 
 def style(width: float) -> contextlib.AbstractContextManager[None]:
     """matplotlib's defaults and the kit's sizes, for as long as the context is open."""
-    size = 9.0 if width >= 5 else 7.0
+    size = 9.0 if width >= 5 else 7.0  # figures are made for 7.0 and 3.4 inches: what is near 7 is wide, in all of them
     own = {
         "font.size": size,
         "axes.titlesize": size,

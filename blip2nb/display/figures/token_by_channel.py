@@ -16,7 +16,8 @@ from blip2nb.display.figures.examined import Examined, has_examined
 from blip2nb.display.figures.style import HAIRLINE, INK, MUTED, Arrays, Picture, Report, Row, styled
 from blip2nb.display.figures.words import as_number, as_percent, as_token, text_inches
 
-_CELLS = {True: (96, 240), False: (64, 120)}  # at most so many (positions, channels) are told apart, wide or narrow
+_CELLS = {True: (96, 240), False: (64, 120)}
+"""At most so many (positions, channels) are told apart, wide or narrow: about four dots of the PNG each way for one."""
 
 
 def available(report: Report, arrays: Arrays) -> bool:
@@ -139,8 +140,10 @@ def _ordinal(number: int) -> str:
 # -- where it sits
 
 
-_HALF, _MOST = 0.5, 0.8
-"""One channel holds an error that has half of its square; few hold it when a tenth of them have most of it."""
+_HALF, _MOST, _TENTH, _TIMES = 0.5, 0.8, 0.1, 3.0
+"""One channel holds an error that has half of its square: as much as all others together. Of few channels that is no
+news, so that it must be three times an average other's share too. Few hold it when a tenth of them have most of it:
+four fifths, eight times an even share."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +167,11 @@ class _Spread:
     def one(self) -> bool:
         """Whether one holds it: half of two heads would be no more than its share."""
         others = (1 - self.largest) / max(self.among - 1, 1)
-        return self.among > 1 and self.largest >= max(_HALF, 3 * others)
+        return self.among > 1 and self.largest >= max(_HALF, _TIMES * others)
 
     @property
     def few(self) -> bool:
-        return self.needed <= self.among / 10
+        return self.needed <= self.among * _TENTH
 
 
 def _where(report: Report, seen: Examined) -> str:

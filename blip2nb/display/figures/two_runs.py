@@ -62,9 +62,14 @@ def _keys(found: ReportDifference, width: float) -> list[tuple[Artist, str]]:
 _NO_MARK = Line2D([], [], ls="")
 
 
+_NAMED = 6  # parameters and versions in the alt text, which people listen to; all are in the comparison's words
+
+
 def alt_text(found: ReportDifference) -> str:
     others = [one.what for one in found.changes]
-    told = f"They differ in {first_few(others, 6)}." if others else "The reports tell of nothing else that differs."
+    told = (
+        f"They differ in {first_few(others, _NAMED)}." if others else "The reports tell of nothing else that differs."
+    )
     return f"{found.finding}. {as_count(found.still, 'stage')} moved by less than 10 %. {told}"
 
 

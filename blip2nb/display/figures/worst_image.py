@@ -118,6 +118,9 @@ def _worst_rows(report: Report, arrays: Arrays) -> tuple[np.ndarray, np.ndarray,
     return np.maximum(kl, 0), same, tokens  # it is a difference, which rounding can leave a hair below zero
 
 
+_LABELS = 16  # so many tokens' names stand side by side under a narrow panel
+
+
 def _per_token(axes: Axes, report: Report, arrays: Arrays) -> None:
     kl, same, tokens = _worst_rows(report, arrays)
     image = sum(token == _IMAGE for token in tokens)
@@ -131,7 +134,7 @@ def _per_token(axes: Axes, report: Report, arrays: Arrays) -> None:
         axes.patches[-1].set_gid("NaN")
     axes.set_xlim(places[0] - 0.8, places[-1] + 0.8)
     axes.set_ylabel("KL divergence\n(nats)")
-    labelled = range(image, len(tokens), -(-(len(tokens) - image) // 16) or 1)
+    labelled = range(image, len(tokens), -(-(len(tokens) - image) // _LABELS) or 1)
     axes.set_xticks(places[list(labelled)], [_label(tokens[place]) for place in labelled], rotation=90)
     if image:
         axes.axvspan(places[0] - 0.8, places[image - 1] + 0.4, color="#F4F4F4", lw=0, zorder=0)
