@@ -439,20 +439,24 @@ def test_a_line_for_each_run_does_the_same_by_hand_and_can_be_gathered(probe):
 
 @pytest.fixture
 def ftp(tmp_path):
-    """A real FTP server on a real socket, writable: a place that is reached by address alone. Gives the address."""
-    from pyftpdlib.authorizers import DummyAuthorizer
-    from pyftpdlib.handlers import FTPHandler
-    from pyftpdlib.servers import ThreadedFTPServer
-
+    """A real FTP server in a process of its own, writable, which ends a connection that is idle for a second: a place
+    that is reached by address alone. Gives the address."""
     (tmp_path / "far").mkdir()
-    users = DummyAuthorizer()
-    users.add_anonymous(str(tmp_path / "far"), perm="elradfmwMT")
-    handler = type("Handler", (FTPHandler,), {"authorizer": users})
-    server = ThreadedFTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"ftp://127.0.0.1:{server.address[1]}/sweep"
-    server.close_all()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "pyftpdlib", "-i", "127.0.0.1", "-p", "0", "-w", "-d", "far", "--timeout", "1"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    log = tmp_path / "ftp.log"
+    try:
+        address = next(found[1] for line in server.stdout if (found := re.search(r"FTP server on (\S+:\d+)", line)))
+        threading.Thread(target=lambda: log.write_text(server.stdout.read()), daemon=True).start()  # a pipe fills
+        yield f"ftp://{address}/sweep"
+    finally:
+        server.kill()
+        server.wait()
 
 
 def test_runs_can_be_left_at_an_address(ftp, probe, tmp_path):
@@ -480,9 +484,21 @@ def test_a_run_that_was_cut_off_on_its_way_to_an_address_is_not_there(ftp, tmp_p
     record = Outcome("a", "", "probe", {}, "0" * 64, "finished", folder="a")
     where.publish(workshop, "a", record)
     assert place(ftp).records() == {"a": record}
-    where._files.rm_file(f"{where._root}/a/{RECORD}")
+    (tmp_path / "far/sweep/a" / RECORD).unlink()
     assert place(ftp).records() == {}
     assert place(ftp).read("a/report.json") == b"{}"
+
+
+def test_an_address_whose_server_ends_idle_connections_is_reached_again(ftp, tmp_path):
+    where = place(ftp)
+    for name in "ab":
+        workshop = where.begin(name, "0" * 64)
+        time.sleep(2)  # a run, for longer than the server's patience
+        where.publish(workshop, name, Outcome(name, "", "probe", {}, "0" * 64, "finished", folder=name))
+    assert set(where.records()) == {"a", "b"}
+    time.sleep(2)
+    where.write({"summary.md": "two"})
+    assert (tmp_path / "far/sweep/summary.md").read_text() == "two"
 
 
 def test_an_address_with_a_password_is_refused_and_not_repeated():

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from blip2nb.errors import RequestError
 from blip2nb.forms import dumps, reads
@@ -25,6 +25,9 @@ from blip2nb.report.sweep import Outcome
 from blip2nb.sweeps.leftovers import end_leftovers
 from blip2nb.weights.writer import sync
 from blip2nb.whole import write_whole
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 log = logging.getLogger("blip2nb")
 
@@ -157,11 +160,9 @@ class Address:
     the record last: there is no renaming on an object store, so that a run counts when its record is there."""
 
     def __init__(self, address: str):
-        import fsspec
-
         self.address = address.rstrip("/")
         try:
-            self._files, self._root = fsspec.core.url_to_fs(self.address)
+            self._connect()
         except (ValueError, ImportError, OSError) as error:
             raise RequestError(f"output {_without_password(address)} cannot be written to: {error}") from error
         if "@" in address.split("://", 1)[1].split("/")[0] and ":" in address.split("://", 1)[1].split("@")[0]:
@@ -169,6 +170,14 @@ class Address:
                 f"output {_without_password(address)} holds a password, and would be kept in notebooks. Leave it "
                 "out and give it to fsspec: in its configuration, or in the environment."
             )
+
+    def _connect(self) -> tuple[AbstractFileSystem, str]:
+        """The file system, newly connected, and the path on it. A run takes minutes to hours, and servers end a
+        connection that is idle for that long (FTP servers: 300 s by default)."""
+        import fsspec
+
+        files, root = fsspec.core.url_to_fs(self.address, skip_instance_cache=True)
+        return files, root
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Address, (self.address,)
@@ -178,13 +187,15 @@ class Address:
         yield  # an object store has none: two sweeps at once write each run whole, the later one last
 
     def records(self) -> dict[str, Outcome]:
-        self._files.invalidate_cache()
-        found = self._files.glob(f"{self._root}/*/{RECORD}")
-        return _read_records((path.rsplit("/", 2)[-2], self._files.cat_file(path)) for path in sorted(found))
+        files, root = self._connect()
+        files.invalidate_cache()
+        found = files.glob(f"{root}/*/{RECORD}")
+        return _read_records((path.rsplit("/", 2)[-2], files.cat_file(path)) for path in sorted(found))
 
     def read(self, path: str) -> bytes | None:
+        files, root = self._connect()
         try:
-            return self._files.cat_file(f"{self._root}/{path}")
+            return files.cat_file(f"{root}/{path}")
         except FileNotFoundError:
             return None
 
@@ -194,34 +205,38 @@ class Address:
         return workshop
 
     def publish(self, workshop: Path, name: str, record: Outcome) -> None:
-        run, final = workshop / name, f"{self._root}/{record.folder}"
+        files, root = self._connect()
+        run, final = workshop / name, f"{root}/{record.folder}"
         _settle(run, record)
-        self._remove(final)
+        _remove(files, final)
         for path in sorted(run.rglob("*"), key=lambda path: path.name == RECORD):
             if path.is_file():
                 target = f"{final}/{path.relative_to(run).as_posix()}"
-                self._make(target.rsplit("/", 1)[0])
-                self._files.put_file(str(path), target)
+                _make(files, target.rsplit("/", 1)[0])
+                files.put_file(str(path), target)
         shutil.rmtree(workshop)
         if record.state == "finished":
-            self._remove(f"{self._root}/{name}{FAILED}")
-
-    def _make(self, folder: str) -> None:
-        self._files.invalidate_cache()  # some remember what was there, and take no word for it that it is fine to be
-        if not self._files.exists(folder):
-            self._files.makedirs(folder, exist_ok=True)
-
-    def _remove(self, folder: str) -> None:
-        """The record first: what is left of a run that is being removed is none."""
-        if self._files.exists(f"{folder}/{RECORD}"):
-            self._files.rm_file(f"{folder}/{RECORD}")
-        if self._files.exists(folder):
-            self._files.rm(folder, recursive=True)
+            _remove(files, f"{root}/{name}{FAILED}")
 
     def write(self, texts: Mapping[str, str]) -> None:
-        self._make(self._root)
+        files, root = self._connect()
+        _make(files, root)
         for name, text in texts.items():
-            self._files.pipe_file(f"{self._root}/{name}", text.encode())
+            files.pipe_file(f"{root}/{name}", text.encode())
+
+
+def _make(files: AbstractFileSystem, folder: str) -> None:
+    files.invalidate_cache()  # some remember what was there, and take no word for it that it is fine to be
+    if not files.exists(folder):
+        files.makedirs(folder, exist_ok=True)
+
+
+def _remove(files: AbstractFileSystem, folder: str) -> None:
+    """The record first: what is left of a run that is being removed is none."""
+    if files.exists(f"{folder}/{RECORD}"):
+        files.rm_file(f"{folder}/{RECORD}")
+    if files.exists(folder):
+        files.rm(folder, recursive=True)
 
 
 def _read_records(found: Iterable[tuple[str, bytes]]) -> dict[str, Outcome]:
