@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -442,18 +441,18 @@ def ftp(tmp_path):
     """A real FTP server in a process of its own, writable, which ends a connection that is idle for a second: a place
     that is reached by address alone. Gives the address."""
     (tmp_path / "far").mkdir()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "pyftpdlib", "-i", "127.0.0.1", "-p", "0", "-w", "-d", "far", "--timeout", "1"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
     log = tmp_path / "ftp.log"
+    with log.open("w") as out:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "pyftpdlib", "-i", "127.0.0.1", "-p", "0", "-w", "-d", "far", "--timeout", "1"],
+            cwd=tmp_path,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
     try:
-        address = next(found[1] for line in server.stdout if (found := re.search(r"FTP server on (\S+:\d+)", line)))
-        threading.Thread(target=lambda: log.write_text(server.stdout.read()), daemon=True).start()  # a pipe fills
-        yield f"ftp://{address}/sweep"
+        address = re.compile(r"FTP server on (\S+:\d+)")
+        eventually(lambda: address.search(log.read_text()))
+        yield f"ftp://{address.search(log.read_text())[1]}/sweep"
     finally:
         server.kill()
         server.wait()

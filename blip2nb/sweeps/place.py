@@ -172,11 +172,12 @@ class Address:
             )
 
     def _connect(self) -> tuple[AbstractFileSystem, str]:
-        """The file system, newly connected, and the path on it. A run takes minutes to hours, and servers end a
-        connection that is idle for that long (FTP servers: 300 s by default)."""
+        """The file system and the path on it, from fsspec at each use. A run takes minutes to hours, and an FTP server
+        ends a connection that is idle for that long: fsspec keeps none of those, so that this is a new one. Of an
+        object store it gives the same client again, which connects by itself."""
         import fsspec
 
-        files, root = fsspec.core.url_to_fs(self.address, skip_instance_cache=True)
+        files, root = fsspec.core.url_to_fs(self.address)
         return files, root
 
     def __reduce__(self) -> tuple[Any, ...]:
